@@ -1,0 +1,366 @@
+"""Documents out of text files, hub data sets or the Python standard library, and their split.
+
+A source is opened once (which lists its files and fingerprints them) and can be read any number of times,
+always in the same order. Text is strict UTF-8 and comes through unchanged: no newline is translated.
+"""
+
+import dataclasses
+import glob
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import lzma
+import os
+import platform
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from data.config import DataConfig
+from data.errors import DataError
+
+COMPRESSIONS = (".gz", ".xz", ".zst")
+TEXT_FORMATS = (".txt", ".jsonl", ".parquet")
+SUFFIXES = (*TEXT_FORMATS, *(f + c for f in (".txt", ".jsonl") for c in COMPRESSIONS))
+MAX_LINE_BYTES = 128 * 2**20  # of one line of .jsonl and of one compressed .txt: no archive fills the memory
+STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "__pycache__"})
+STDLIB_TESTS = frozenset({"test", "tests", "idle_test"})
+PEEKED_DOCUMENTS = 1_000
+
+
+class Document(NamedTuple):
+    """One document; `name` says where it came from (file, and line where there are several)."""
+
+    text: str
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """A readable collection of documents.
+
+    `fingerprint` changes whenever the documents may have changed. `text_bytes` is the size of the files,
+    None where it is not known; compressed files count with their compressed size.
+    """
+
+    read: Callable[[], Iterator[Document]]
+    fingerprint: str
+    text_bytes: int | None
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that `data` names: python_stdlib, text or hub."""
+    if config.source == "python_stdlib":
+        source = _open_stdlib(config.include_tests)
+    elif config.source == "text":
+        source = open_text(config.path, config.text_field, "data.path")
+    else:
+        source = _open_hub(config, config.hub_split)
+    if config.max_documents is None:
+        return source
+    return dataclasses.replace(source, read=lambda: itertools.islice(source.read(), config.max_documents))
+
+
+def open_valid_source(config: DataConfig) -> Source | None:
+    """The source of the validation documents where `data.valid_path` gives one of their own."""
+    return open_text(config.valid_path, config.text_field, "data.valid_path") if config.valid_path else None
+
+
+def open_text(path: str, text_field: str, key: str) -> Source:
+    """A text file, all text files below a folder, or those of a glob, in sorted order.
+
+    The fingerprint covers names, sizes and modification times, not content.
+    """
+    files = list_text_files(path, key)
+    sizes = [file.stat() for file in files]
+    listed = [
+        [str(file), status.st_size, status.st_mtime_ns] for file, status in zip(files, sizes, strict=True)
+    ]
+    return Source(
+        read=lambda: itertools.chain.from_iterable(read_file(file, text_field) for file in files),
+        fingerprint=_fingerprint(listed),
+        text_bytes=sum(status.st_size for status in sizes),
+    )
+
+
+def list_text_files(path: str, key: str) -> list[Path]:
+    """Files named by a file, folder or glob; DataError where there are none of a known kind."""
+    kinds = ", ".join(SUFFIXES)
+    if os.path.isfile(path):
+        if not path.endswith(SUFFIXES):
+            raise DataError(f"{key}={path}: its name must end in one of {kinds}")
+        return [Path(path)]
+    if os.path.isdir(path):
+        found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+    else:
+        found = [Path(name) for name in glob.glob(path, recursive=True)]
+        if not found:
+            raise DataError(f"{key}={path}: no such file or folder, and no file matches it")
+    files = sorted(file for file in found if file.name.endswith(SUFFIXES) and file.is_file())
+    if not files:
+        raise DataError(f"{key}={path}: no file in it ends in one of {kinds}")
+    return files
+
+
+def read_file(path: Path, text_field: str) -> Iterator[Document]:
+    """Documents of one file: a .txt is one, a .jsonl one per line, a .parquet one per row."""
+    name = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSIONS else path.name
+    try:
+        if name.endswith(".parquet"):
+            yield from _read_parquet(path, text_field)
+        elif name.endswith(".jsonl"):
+            yield from _read_jsonl(path, text_field)
+        else:
+            yield from _read_text(path)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise DataError(f"{path} can't be read: {error}") from error
+
+
+def _open_binary(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".xz":
+        return lzma.open(path, "rb")
+    if path.suffix == ".zst":
+        import zstandard
+
+        return io.BufferedReader(_ZstandardReader(zstandard, path))
+    return open(path, "rb")
+
+
+class _ZstandardReader(io.RawIOBase):
+    """All frames of a .zst file as a raw stream, with errors as OSError."""
+
+    def __init__(self, zstandard, path: Path):
+        self._file = open(path, "rb")  # noqa: SIM115
+        self._error = zstandard.ZstdError
+        self._reader = zstandard.ZstdDecompressor().stream_reader(self._file, read_across_frames=True)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        try:
+            return self._reader.readinto(buffer)
+        except self._error as error:
+            raise OSError(str(error)) from None
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _read_text(path: Path) -> Iterator[Document]:
+    with _open_binary(path) as file:
+        content = file.read(MAX_LINE_BYTES + 1 if path.suffix in COMPRESSIONS else -1)
+    if path.suffix in COMPRESSIONS:
+        _check_length(content, path)
+    yield Document(_decode(content, path, 0), str(path))
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
+    offset = 0
+    with _open_binary(path) as file:
+        for number in itertools.count(1):
+            line = file.readline(MAX_LINE_BYTES + 1)
+            if not line:
+                return
+            _check_length(line, path)
+            if line.strip():
+                yield Document(_text_of_line(line, path, number, offset, text_field), f"{path}:{number}")
+            offset += len(line)
+
+
+def _text_of_line(line: bytes, path: Path, number: int, offset: int, text_field: str) -> str:
+    decoded = _decode(line, path, offset)
+    try:
+        row = json.loads(decoded)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}:{number} is not valid JSON: {str(error)[:80]}") from None
+    text = row.get(text_field) if isinstance(row, dict) else None
+    return _check_text(text, f"{path}:{number}", text_field)
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if text_field not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise DataError(f"{path} has no column {text_field!r}: set data.text_field to one of {names}")
+            number = 0
+            for batch in file.iter_batches(batch_size=256, columns=[text_field]):
+                for value in batch.column(0):
+                    number += 1
+                    yield Document(
+                        _check_text(value.as_py(), f"{path} row {number}", text_field), f"{path}:{number}"
+                    )
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is no valid .parquet file: {str(error)[:120]}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} row {number} is not UTF-8: {error}") from None
+
+
+def _check_text(text: object, where: str, text_field: str) -> str:
+    if not isinstance(text, str):
+        raise DataError(
+            f"{where} has no text in the field {text_field!r}: set data.text_field to the right one"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds half a surrogate pair at character {error.start}, no UTF-8 text"
+        ) from None
+    return text
+
+
+def _check_length(content: bytes, path: Path) -> None:
+    if len(content) > MAX_LINE_BYTES:
+        raise DataError(f"{path} holds a line or compressed text of over {MAX_LINE_BYTES} bytes: cut it up")
+
+
+def _decode(content: bytes, path: Path, offset: int) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        position = offset + error.start
+        raise DataError(
+            f"{path} is not UTF-8 at byte {position} ({error.reason}): convert it to UTF-8"
+        ) from None
+
+
+def _open_stdlib(include_tests: bool) -> Source:
+    """Source files of the running interpreter's standard library, sorted, each content once.
+
+    The few files in other encodings are left out.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    excluded = STDLIB_EXCLUDED if include_tests else STDLIB_EXCLUDED | STDLIB_TESTS
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in excluded]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files.sort()
+
+    def read() -> Iterator[Document]:
+        seen = set()
+        for file in files:
+            content = file.read_bytes()
+            digest = hashlib.sha256(content).digest()
+            try:
+                text = content.decode("utf-8")
+            except UnicodeDecodeError:
+                continue
+            if digest not in seen:
+                seen.add(digest)
+                yield Document(text, file.relative_to(root).as_posix())
+
+    sizes = [file.stat().st_size for file in files]
+    listed = [[str(file.relative_to(root)), size] for file, size in zip(files, sizes, strict=True)]
+    return Source(
+        read=read, fingerprint=_fingerprint([platform.python_version(), listed]), text_bytes=sum(sizes)
+    )
+
+
+def _open_hub(config: DataConfig, split: str) -> Source:
+    """A data set of the Hugging Face hub, by name; nothing of it is executed.
+
+    The fingerprint covers the settings only: pin `data.hub_revision` for data that may change.
+    """
+    settings = [config.name, config.hub_config, split, config.hub_revision]
+
+    def read() -> Iterator[Document]:
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(
+                config.name,
+                config.hub_config,
+                split=split,
+                revision=config.hub_revision,
+                streaming=config.hub_streaming,
+            )
+            for number, row in enumerate(rows, 1):
+                where = f"{config.name}:{number}"
+                yield Document(_check_text(row.get(config.text_field), where, config.text_field), where)
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, DataError):
+                raise
+            reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+            raise DataError(f"data.name={config.name} can't be read from the hub: {reason}") from error
+
+    return Source(read=read, fingerprint=_fingerprint(settings), text_bytes=None)
+
+
+def split_documents(documents: Iterable[Document], valid_fraction: float) -> Iterator[tuple[str, Document]]:
+    """Pair each document with "train" or "valid".
+
+    A document goes where its content's hash sends it, so the split is stable and equal texts stay together.
+    A small source in which chance leaves one side empty gives it the document nearest to the limit; a lone
+    document is cut: the end is for validation. Empty documents are left out.
+    """
+    documents = (document for document in documents if document.text)
+    peeked = list(itertools.islice(documents, PEEKED_DOCUMENTS))
+    if not 0.0 < valid_fraction < 1.0:
+        split = "valid" if valid_fraction else "train"
+        yield from ((split, document) for document in itertools.chain(peeked, documents))
+    elif len(peeked) == 1:
+        yield from _cut_document(peeked[0], valid_fraction)
+    else:
+        places = [unit_hash(document.text, "split") for document in peeked]
+        limit = valid_fraction
+        if len(peeked) < PEEKED_DOCUMENTS and peeked:
+            # at least the smallest hash is below the limit, and the largest is not
+            limit = min(max(limit, _above(min(places))), max(places))
+        for document, place in zip(peeked, places, strict=True):
+            yield ("valid" if place < limit else "train"), document
+        for document in documents:
+            yield ("valid" if unit_hash(document.text, "split") < limit else "train"), document
+
+
+def _above(value: float) -> float:
+    return value + 2.0**-53
+
+
+def _cut_document(document: Document, valid_fraction: float) -> Iterator[tuple[str, Document]]:
+    text, name = document
+    position = round(len(text) * (1.0 - valid_fraction))
+    position = text.rfind("\n", 0, position) + 1 or position  # the start of a line where there is one
+    for split, part in (("train", text[:position]), ("valid", text[position:])):
+        if part:
+            yield split, Document(part, f"{name} ({split} part)")
+
+
+def unit_hash(text: str, purpose: str) -> float:
+    """A number in [0, 1) that depends only on the text and the purpose."""
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, person=purpose.encode()).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def sample_documents(source: Source, config: DataConfig, budget_bytes: int) -> Iterator[str]:
+    """Training documents for a tokenizer, about `budget_bytes` of text.
+
+    Each document is drawn by its hash with the chance budget / size of the source's files, until the budget
+    is full. A source of unknown size (hub) gives its first documents. The last one is cut to the budget.
+    """
+    valid_fraction = 0.0 if config.valid_path else config.valid_fraction
+    share = 1.0 if source.text_bytes is None else budget_bytes / max(source.text_bytes, 1)
+    left_bytes = budget_bytes
+    for split, document in split_documents(source.read(), valid_fraction):
+        if split != "train" or unit_hash(document.text, "sample") >= share:
+            continue
+        text = document.text[:left_bytes]
+        left_bytes -= len(text.encode("utf-8"))
+        yield text
+        if left_bytes <= 0:
+            return
+
+
+def _fingerprint(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
