@@ -1,0 +1,317 @@
+"""Triton kernels of decayed linear attention, tiled as Lightning Attention-2 (arXiv 2401.04658).
+
+One kernel, `walk_kernel`, serves all four passes: each gradient is the same walk with the tensors in other
+roles (derivation in docs/kernels.md). A program takes one (sequence, segment, head, value block) and keeps
+its state in registers, transposed, so that it is the left operand of the matrix instruction. Where sequences
+and heads are few, sequences are cut into segments: `segment_state_kernel` computes what each segment adds to
+the state, `scan_states_kernel` the state after each, and the walk then runs on all segments at once.
+
+Rows past a sequence's end are cut off by the tensor descriptors: loads give zero, stores write nothing.
+
+Shapes: q, k (B, N, H, Dk); v, o (B, N, H, Dv); slopes (H,); states (S, H, Dk, Dv), those after all segments
+but the last (S, P - 1, H, Dk, Dv). B batch, N rows, H heads, S sequences (B, or those of cu_seqlens), P
+segments; tiles have C rows (a chunk), BK and BV columns.
+Strides are counted in units of 8 elements, so that the compiler knows that rows are aligned.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import choose_launch, padded
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+RUNTIME_SIZES = ["N", "P", "q_strides", "k_strides", "v_strides", "o_strides"]  # a new value never recompiles
+
+
+@triton.jit
+def decay_powers(log2_decay, distance):
+    """λ^distance, 0 where distance is negative. Written directly: λ^-t overflows fp32 within one chunk."""
+    return tl.where(distance >= 0, tl.exp2(log2_decay * tl.maximum(distance, 0).to(tl.float32)), 0.0)
+
+
+@triton.jit
+def program_indices(P, H: tl.constexpr, num_value_blocks: tl.constexpr):
+    """Sequence, segment (in the order of the walk), head and value block of this program."""
+    i_v = tl.program_id(0) % num_value_blocks
+    i_h = tl.program_id(0) // num_value_blocks % H
+    i_segment = tl.program_id(0) // num_value_blocks // H
+    return i_segment // P, i_segment % P, i_h, i_v
+
+
+@triton.jit
+def sequence_rows(cu_seqlens, i_seq, N):
+    """Batch index of a sequence, its first row there and its number of rows, kept inside the tensor."""
+    i_b = i_seq
+    begin = i_seq * 0
+    length = begin + N
+    if cu_seqlens is not None:
+        i_b = begin
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + i_seq), 0), N)
+        length = tl.minimum(tl.maximum(tl.load(cu_seqlens + i_seq + 1), begin), N) - begin
+    return i_b, begin, length
+
+
+@triton.jit
+def segment_chunks(i_p, length, P, C: tl.constexpr):
+    """First chunk of a segment and the one after its last; the two are equal for an empty segment."""
+    num_chunks = tl.cdiv(length, C)
+    per_segment = tl.cdiv(num_chunks, P)
+    first = tl.minimum(i_p * per_segment, num_chunks)
+    return first, tl.minimum(first + per_segment, num_chunks)
+
+
+@triton.jit
+def describe_rows(x, strides, i_b, i_h, begin, length, D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Descriptor of one head's rows [begin, begin + length), moved in (C, BLOCK) tiles."""
+    stride_b, stride_n, stride_h = strides
+    offset = i_b.to(tl.int64) * stride_b + begin.to(tl.int64) * stride_n + i_h.to(tl.int64) * stride_h
+    shape = [tl.maximum(length, 1), D]  # an empty sequence is never moved, but its descriptor must be valid
+    return tl.make_tensor_descriptor(x + offset * 8, shape, [stride_n.to(tl.int64) * 8, 1], [C, BLOCK])
+
+
+@triton.jit
+def state_tile(
+    i_v, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """Offsets and mask of a (BV, BK) tile of a state that is stored (Dk, Dv), or (Dv, Dk) if TRANSPOSED."""
+    o_k = tl.arange(0, BK)[None, :]
+    o_v = i_v * BV + tl.arange(0, BV)[:, None]
+    offsets = o_v * Dk + o_k if TRANSPOSED else o_k * Dv + o_v
+    return offsets, (o_k < Dk) & (o_v < Dv)
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def walk_kernel(
+    q, k, v, o, slopes, initial_state, final_state, segment_states, cu_seqlens,
+    q_strides, k_strides, v_strides, o_strides, N, P,
+    H: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """o_t = q_t S_t with S_t = λ S_{t-1} + k_tᵀ v_t over one segment; REVERSE walks from the last row on.
+
+    In reverse o_t = Σ_{u >= t} λ^(u-t) (q_t·k_u) v_u + λ^(n-1-t) q_t·initial, for a segment of n rows, and
+    final = λ^n initial + Σ λ^(u+1) k_uᵀ v_u. Grid: S·P·H·cdiv(Dv, BV), value blocks innermost.
+    """
+    i_seq, i_p, i_h, i_v = program_indices(P, H, tl.cdiv(Dv, BV))
+    i_b, begin, length = sequence_rows(cu_seqlens, i_seq, N)
+    first, last = segment_chunks(P - 1 - i_p if REVERSE else i_p, length, P, C)
+
+    d_q = describe_rows(q, q_strides, i_b, i_h, begin, length, Dk, C, BK)
+    d_k = describe_rows(k, k_strides, i_b, i_h, begin, length, Dk, C, BK)
+    d_v = describe_rows(v, v_strides, i_b, i_h, begin, length, Dv, C, BV)
+    d_o = describe_rows(o, o_strides, i_b, i_h, begin, length, Dv, C, BV)
+
+    offsets, mask = state_tile(i_v, Dk, Dv, BK, BV, TRANSPOSED)
+    whole = (i_seq * H + i_h).to(tl.int64) * (Dk * Dv) + offsets
+    b_s = tl.zeros([BV, BK], dtype=tl.float32)
+    if i_p > 0:
+        i_state = (i_seq * (P - 1) + i_p - 1) * H + i_h
+        b_s = tl.load(segment_states + i_state.to(tl.int64) * (Dk * Dv) + offsets, mask, other=0.0)
+    elif initial_state is not None:
+        b_s = tl.load(initial_state + whole, mask, other=0.0)
+
+    log2_decay = -tl.load(slopes + i_h) * LOG2_E
+    o_c = tl.arange(0, C)
+    distance = o_c[None, :] - o_c[:, None]  # [C of k, C of q]
+    b_decay = decay_powers(log2_decay, -distance if REVERSE else distance)
+    for i in range(first, last):
+        row = (first + last - 1 - i if REVERSE else i) * C
+        num_rows = tl.minimum(length - row, C)
+        to_end = decay_powers(log2_decay, num_rows - 1 - o_c)
+        through = decay_powers(log2_decay, o_c + 1)
+        b_q = d_q.load([row, 0])  # [C, BK]
+        b_k = d_k.load([row, 0])  # [C, BK]
+        b_v = d_v.load([row, i_v * BV])  # [C, BV]
+        b_p = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * b_decay  # [C of k, C of q]
+        b_o = tl.dot(b_s.to(b_q.dtype), tl.trans(b_q), input_precision="ieee")  # [BV, C]
+        b_o *= (to_end if REVERSE else through)[None, :]
+        b_o = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), b_o, input_precision="ieee")
+        d_o.store([row, i_v * BV], tl.trans(b_o).to(b_q.dtype))
+        b_v = (b_v * (through if REVERSE else to_end)[:, None]).to(b_k.dtype)
+        b_s *= tl.exp2(log2_decay * num_rows)
+        b_s = tl.dot(tl.trans(b_v), b_k, b_s, input_precision="ieee")
+    if final_state is not None and i_p == P - 1:
+        tl.store(final_state + whole, b_s, mask)
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def segment_state_kernel(
+    k, v, states, slopes, cu_seqlens, k_strides, v_strides, N, P,
+    H: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr,
+):  # fmt: skip
+    """What each segment but the last of the walk adds to the state, (S, P - 1, H, Dk, Dv)."""
+    i_seq, i_p, i_h, i_v = program_indices(P - 1, H, tl.cdiv(Dv, BV))
+    i_b, begin, length = sequence_rows(cu_seqlens, i_seq, N)
+    first, last = segment_chunks(P - 1 - i_p if REVERSE else i_p, length, P, C)
+    d_k = describe_rows(k, k_strides, i_b, i_h, begin, length, Dk, C, BK)
+    d_v = describe_rows(v, v_strides, i_b, i_h, begin, length, Dv, C, BV)
+
+    log2_decay = -tl.load(slopes + i_h) * LOG2_E
+    o_c = tl.arange(0, C)
+    b_s = tl.zeros([BV, BK], dtype=tl.float32)
+    for i in range(first, last):
+        row = (first + last - 1 - i if REVERSE else i) * C
+        num_rows = tl.minimum(length - row, C)
+        into_state = decay_powers(log2_decay, o_c + 1 if REVERSE else num_rows - 1 - o_c)
+        b_k = d_k.load([row, 0])  # [C, BK]
+        b_v = (d_v.load([row, i_v * BV]) * into_state[:, None]).to(b_k.dtype)  # [C, BV]
+        b_s *= tl.exp2(log2_decay * num_rows)
+        b_s = tl.dot(tl.trans(b_v), b_k, b_s, input_precision="ieee")
+    offsets, mask = state_tile(i_v, Dk, Dv, BK, BV, False)
+    i_state = (i_seq * (P - 1) + i_p) * H + i_h
+    tl.store(states + i_state.to(tl.int64) * (Dk * Dv) + offsets, b_s, mask)
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def scan_states_kernel(
+    states, initial_state, slopes, cu_seqlens, N, P,
+    H: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Turns what each segment adds into the state after it. Grid: (S·H, cdiv(SIZE, BLOCK)), SIZE = Dk·Dv."""
+    i_seq, i_h = tl.program_id(0) // H, tl.program_id(0) % H
+    _, _, length = sequence_rows(cu_seqlens, i_seq, N)
+    log2_decay = -tl.load(slopes + i_h) * LOG2_E
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < SIZE
+    b_s = tl.zeros([BLOCK], dtype=tl.float32)
+    if initial_state is not None:
+        b_s = tl.load(initial_state + tl.program_id(0).to(tl.int64) * SIZE + offsets, mask)
+    for i_p in range(0, P - 1):
+        first, last = segment_chunks(P - 1 - i_p if REVERSE else i_p, length, P, C)
+        num_rows = tl.minimum(last * C, length) - tl.minimum(first * C, length)
+        p_state = states + ((i_seq * (P - 1) + i_p) * H + i_h).to(tl.int64) * SIZE + offsets
+        b_s = b_s * tl.exp2(log2_decay * num_rows) + tl.load(p_state, mask)
+        tl.store(p_state, b_s, mask)
+
+
+@triton.jit
+def step_kernel(
+    q, k, v, o, slopes, state, new_state,
+    H: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """One token: new_state = λ state + kᵀ v, o = q new_state; all contiguous. Grid: (B·H, cdiv(Dv, BV))."""
+    i_bh = tl.program_id(0).to(tl.int64)
+    o_k = tl.arange(0, BK)
+    o_v = tl.program_id(1) * BV + tl.arange(0, BV)
+    m_k, m_v = o_k < Dk, o_v < Dv
+    b_q = tl.load(q + i_bh * Dk + o_k, m_k, other=0.0).to(tl.float32)
+    b_k = tl.load(k + i_bh * Dk + o_k, m_k, other=0.0).to(tl.float32)
+    b_v = tl.load(v + i_bh * Dv + o_v, m_v, other=0.0).to(tl.float32)
+    offsets = i_bh * (Dk * Dv) + o_k[:, None] * Dv + o_v[None, :]
+    mask = m_k[:, None] & m_v[None, :]
+    b_s = tl.load(state + offsets, mask, other=0.0) * tl.exp(-tl.load(slopes + i_bh % H))
+    b_s += b_k[:, None] * b_v[None, :]
+    tl.store(new_state + offsets, b_s, mask)
+    tl.store(o + i_bh * Dv + o_v, tl.sum(b_q[:, None] * b_s, axis=0).to(o.dtype.element_ty), m_v)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself where a descriptor can address its rows (16-byte steps), a contiguous copy otherwise."""
+    addressable = x.stride(3) == 1 and x.stride(1) > 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
+    return x if addressable and x.data_ptr() % 16 == 0 else x.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, row and head in units of 8 elements."""
+    return tuple(stride // 8 for stride in x.stride()[:3])
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Global memory for the descriptors that kernels build on the device."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+class _Call:
+    """The launches of one call, with what they share: slopes, sequences, segments and block sizes."""
+
+    def __init__(
+        self, q: Tensor, v: Tensor, slopes: Tensor, cu_seqlens: Tensor | None, segment_states: Tensor
+    ):
+        self.num_sequences, self.P = segment_states.shape[0], segment_states.shape[1] + 1
+        self.slopes, self.cu_seqlens = slopes, cu_seqlens
+        self.N, self.H = q.shape[1:3]
+        self.launch = choose_launch(q.dtype, max(q.shape[3], v.shape[3]), q.device)
+        triton.set_allocator(_allocate)  # each thread has its own, so autograd's needs it too
+
+    def _blocks(self, k: Tensor, v: Tensor) -> dict:
+        """Compile-time arguments of a kernel over keys k and values v, and its warps and stages."""
+        return {
+            "H": self.H,
+            "Dk": k.shape[3],
+            "Dv": v.shape[3],
+            "C": self.launch.chunk,
+            "BK": padded(k.shape[3]),
+            "BV": min(self.launch.value_block, padded(v.shape[3])),
+            "num_warps": self.launch.num_warps,
+            "num_stages": self.launch.num_stages,
+        }
+
+    def _grid(self, num_segments: int, blocks: dict) -> tuple[int]:
+        return (self.num_sequences * num_segments * self.H * triton.cdiv(blocks["Dv"], blocks["BV"]),)
+
+    def walk(self, q, k, v, o, initial_state, final_state, segment_states, reverse=False, transposed=False):
+        """Writes o and, unless None, the final state."""
+        blocks = self._blocks(k, v)
+        walk_kernel[self._grid(self.P, blocks)](
+            q, k, v, o, self.slopes, initial_state, final_state, segment_states, self.cu_seqlens,
+            _strides(q), _strides(k), _strides(v), _strides(o), self.N, self.P,
+            REVERSE=reverse, TRANSPOSED=transposed, **blocks,
+        )  # fmt: skip
+
+    def fill_segment_states(self, k, v, initial_state, segment_states, reverse=False):
+        """Writes the state after each segment but the last of the walk."""
+        if self.P == 1:
+            return
+        blocks = self._blocks(k, v)
+        segment_state_kernel[self._grid(self.P - 1, blocks)](
+            k, v, segment_states, self.slopes, self.cu_seqlens, _strides(k), _strides(v), self.N, self.P,
+            REVERSE=reverse, **blocks,
+        )  # fmt: skip
+        size, block = blocks["Dk"] * blocks["Dv"], 1024
+        scan_states_kernel[(self.num_sequences * self.H, triton.cdiv(size, block))](
+            segment_states, initial_state, self.slopes, self.cu_seqlens, self.N, self.P,
+            H=self.H, SIZE=size, C=self.launch.chunk, BLOCK=block, REVERSE=reverse,
+        )  # fmt: skip
+
+
+def forward(q, k, v, slopes, initial_state, cu_seqlens, o, final_state, segment_states) -> None:
+    """Writes o, final_state (unless None) and segment_states, the state after each segment but the last."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    initial_state = _contiguous(initial_state)
+    call = _Call(q, v, slopes, cu_seqlens, segment_states)
+    call.fill_segment_states(k, v, initial_state, segment_states)
+    call.walk(q, k, v, o, initial_state, final_state, segment_states)
+
+
+def backward(
+    q, k, v, slopes, initial_state, cu_seqlens, segment_states, grad_o, grad_final, dq, dk, dv, dinitial
+) -> None:
+    """Writes dq, dk, dv and, unless None, dinitial."""
+    q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(grad_o)
+    initial_state, grad_final = _contiguous(initial_state), _contiguous(grad_final)
+    call = _Call(q, v, slopes, cu_seqlens, segment_states)
+    segment_grads = torch.empty_like(segment_states)
+    call.fill_segment_states(q, do, grad_final, segment_grads, reverse=True)
+    call.walk(do, v, k, dq, initial_state, None, segment_states, transposed=True)
+    call.walk(v, do, q, dk, grad_final, None, segment_grads, reverse=True, transposed=True)
+    call.walk(k, q, do, dv, grad_final, dinitial, segment_grads, reverse=True)
+
+
+def step(q, k, v, slopes, state) -> tuple[Tensor, Tensor]:
+    """o and the state after one token; q, k (B, H, Dk), v (B, H, Dv), state (B, H, Dk, Dv)."""
+    q, k, v, state = (x.contiguous() for x in (q, k, v, state))
+    o, new_state = torch.empty_like(v), torch.empty_like(state)
+    B, H, Dk, Dv = state.shape
+    BK = padded(Dk)
+    BV = min(padded(Dv), 4096 // BK)  # 4,096 elements of state keep a program's loads in flight
+    step_kernel[(B * H, triton.cdiv(Dv, BV))](
+        q, k, v, o, slopes, state, new_state, H=H, Dk=Dk, Dv=Dv, BK=BK, BV=BV, num_warps=4
+    )
+    return o, new_state

@@ -1,0 +1,232 @@
+"""lightning_attention against float64: outputs, states and every gradient, for each backend."""
+
+import pytest
+import torch
+
+from kernels import lightning_attention, lightning_attention_step, reference
+from kernels.launch import force
+
+SLOPES = [0.0, 0.07, 9.0]  # no decay, a usual one, one whose inverse powers overflow fp32 within a chunk
+BACKENDS = ["torch", "triton"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialised_memory():
+    """Memory that nothing writes holds NaN, so that an output left out can't pass."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(8).isnan().all()
+    assert torch.ones(8).new_empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_inputs(B, N, H, Dk, Dv, num_states=None, device=DEVICE, dtype=torch.float32, seed=0):
+    """q, k, v, initial_state, and gradients of o and of the final state; slopes."""
+    generator = torch.Generator(device).manual_seed(seed)
+    state = (num_states or B, H, Dk, Dv)
+    shapes = [(B, N, H, Dk), (B, N, H, Dk), (B, N, H, Dv), state, (B, N, H, Dv), state]
+    dtypes = [dtype, dtype, dtype, torch.float32, dtype, torch.float32]
+    tensors = [
+        torch.randn(s, device=device, generator=generator).to(d) for s, d in zip(shapes, dtypes, strict=True)
+    ]
+    slopes = torch.tensor((SLOPES * H)[:H], device=device)
+    return tensors, slopes
+
+
+def run(tensors, slopes, backend, cu_seqlens=None, with_state=True):
+    """o, final state and the gradients of q, k, v and the initial state."""
+    q, k, v, state = (x.detach().requires_grad_() for x in tensors[:4])
+    grad_o, grad_final = tensors[4:]
+    o, final = lightning_attention(q, k, v, slopes, state if with_state else None, True, cu_seqlens, backend)
+    inputs = [q, k, v] + [state] * with_state
+    return [o, final, *torch.autograd.grad([o, final], inputs, [grad_o, grad_final])]
+
+
+def expected(tensors, slopes, cu_seqlens=None, with_state=True):
+    return run([x.double() for x in tensors], slopes, "reference", cu_seqlens, with_state)
+
+
+def relative_error(result, truth):
+    return float((result.double() - truth).norm() / truth.norm().clamp(min=1e-30))
+
+
+def assert_close(results, truths, tolerance=1e-6):
+    names = ["o", "final", "dq", "dk", "dv", "dinitial"]
+    errors = {n: relative_error(r, t) for n, r, t in zip(names, results, truths, strict=False)}
+    assert all(error <= tolerance for error in errors.values()), errors
+
+
+# (N, Dk, Dv, segments, chunk): every length and head dim of interest, each chunk size, one and more segments
+CASES = [
+    (1, 16, 24, 1, 16),
+    (1, 128, 96, 2, 64),
+    (15, 24, 16, 1, 16),
+    (16, 64, 96, 2, 16),
+    (17, 96, 64, 7, 16),
+    (63, 128, 192, 1, 64),
+    (64, 192, 128, 1, 64),
+    (65, 16, 16, 2, 64),
+    (100, 24, 192, 2, 32),
+    (100, 8, 256, 7, 16),
+    (257, 64, 64, 1, 64),
+    (257, 96, 24, 7, 32),
+    (257, 128, 128, 2, 16),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("N", "Dk", "Dv", "segments", "chunk"), CASES)
+def test_outputs_and_gradients(N, Dk, Dv, segments, chunk, backend):
+    tensors, slopes = make_inputs(1, N, 3, Dk, Dv)
+    with force(segments=segments, chunk=chunk):
+        assert_close(run(tensors, slopes, backend), expected(tensors, slopes))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("segments", [1, 2, 7])
+def test_batches_without_initial_state(backend, segments):
+    tensors, slopes = make_inputs(3, 50, 2, 16, 32)
+    with force(segments=segments, chunk=16):
+        assert_close(
+            run(tensors, slopes, backend, with_state=False), expected(tensors, slopes, with_state=False)
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("segments", [1, 2, 7])
+@pytest.mark.parametrize("bounds", [[0, 0, 1, 40, 41, 41, 90, 90], [0, 90], [0, 16, 32, 90]])
+def test_packed_sequences(bounds, segments, backend):
+    tensors, slopes = make_inputs(1, 90, 2, 16, 24, num_states=len(bounds) - 1)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+    with force(segments=segments, chunk=16):
+        assert_close(run(tensors, slopes, backend, cu_seqlens), expected(tensors, slopes, cu_seqlens))
+
+
+def test_torch_backend_carries_states_over_blocks_of_chunks():
+    bounds = [0, 1030, 1030, 1031, 1100, 3500]
+    tensors, slopes = make_inputs(1, 3500, 3, 8, 16, num_states=5)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+    assert_close(run(tensors, slopes, "torch", cu_seqlens), expected(tensors, slopes, cu_seqlens))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sequences_do_not_see_each_other(backend):
+    tensors, slopes = make_inputs(1, 60, 2, 16, 16, num_states=3)
+    cu_seqlens = torch.tensor([0, 20, 40, 60], dtype=torch.int32, device=DEVICE)
+    before = run(tensors, slopes, backend, cu_seqlens)
+    for i in (0, 1, 2, 4):
+        tensors[i][:, 20:40] *= 1000
+    after = run(tensors, slopes, backend, cu_seqlens)
+    for x, y in zip(before, after, strict=True):  # (1, 60, ...) or, for states, (3, ...)
+        x, y = x.reshape(3, -1), y.reshape(3, -1)
+        assert torch.equal(x[[0, 2]], y[[0, 2]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["one projection", "heads first", "unaligned", "expanded", "states"])
+def test_strided_inputs(backend, layout):
+    (q, k, v, state, grad_o, grad_final), slopes = make_inputs(2, 37, 2, 16, 16)
+    truth = expected((q, k, v, state, grad_o, grad_final), slopes)
+    if layout == "one projection":  # the rows between hold NaN
+        buffer = torch.full((2, 37, 4, 2, 24), float("nan"), device=DEVICE)
+        buffer[:, :, :3, :, :16] = torch.stack([q, k, v], dim=2)
+        q, k, v = (buffer[:, :, i, :, :16] for i in range(3))
+    elif layout == "heads first":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    elif layout == "unaligned":
+        q, k, v = (torch.nn.functional.pad(x, (1, 2))[..., 1:-2] for x in (q, k, v))
+    elif layout == "expanded":
+        grad_o = torch.ones((), device=DEVICE).expand_as(grad_o)
+        grad_final = torch.ones((), device=DEVICE).expand_as(grad_final)
+        truth = expected((q, k, v, state, grad_o, grad_final), slopes)
+    else:
+        state, grad_final = (x.mT.contiguous().mT for x in (state, grad_final))
+    assert_close(run((q, k, v, state, grad_o, grad_final), slopes, backend), truth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_through_the_final_state_alone(backend):
+    tensors, slopes = make_inputs(1, 40, 2, 16, 16)
+    results = []
+    for inputs, kind in ((tensors, backend), ([x.double() for x in tensors], "reference")):
+        q, k, v, state = (x.detach().requires_grad_() for x in inputs[:4])
+        _, final = lightning_attention(q, k, v, slopes, state, True, backend=kind)
+        results.append(torch.autograd.grad(final, [k, v, state], inputs[5]))
+    for result, truth in zip(*results, strict=True):
+        assert relative_error(result, truth) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_future_does_not_change_the_past(backend):
+    (q, k, v, state, *_), slopes = make_inputs(1, 70, 2, 16, 16)
+    before, _ = lightning_attention(q, k, v, slopes, state, backend=backend)
+    for x in (q, k, v):
+        x[:, 33:] *= -1000
+    after, _ = lightning_attention(q, k, v, slopes, state, backend=backend)
+    assert torch.equal(before[:, :33], after[:, :33])
+    assert (before[:, 33:] != after[:, 33:]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prefill_and_steps_equal_one_pass(backend):
+    (q, k, v, state, *_), slopes = make_inputs(2, 21, 3, 24, 16)
+    whole, final = lightning_attention(q, k, v, slopes, state, True, backend=backend)
+    head = [x[:, :18] for x in (q, k, v)]
+    o, running = lightning_attention(*head, slopes, state, True, backend=backend)
+    outputs = [o]
+    for t in range(18, 21):
+        kept = running.clone()
+        o, new = lightning_attention_step(q[:, t], k[:, t], v[:, t], slopes, running)
+        assert torch.equal(running, kept)
+        outputs.append(o[:, None])
+        running = new
+    assert relative_error(torch.cat(outputs, dim=1), whole.double()) <= 1e-6
+    assert relative_error(running, final.double()) <= 1e-6
+
+
+def test_triton_step_equals_the_definition():
+    from kernels import triton_kernels
+
+    (q, k, v, state, *_), slopes = make_inputs(2, 1, 3, 24, 200)
+    o, new = triton_kernels.step(q[:, 0], k[:, 0], v[:, 0], slopes, state)
+    truth = reference.recurrent(q.double(), k.double(), v.double(), slopes, state.double())
+    assert_close([o[:, None], new], truth)
+
+
+def test_the_three_references_agree():
+    tensors, slopes = make_inputs(2, 45, 3, 16, 24)
+    q, k, v, state = (x.double() for x in tensors[:4])
+    truth = reference.recurrent(q, k, v, slopes, state)
+    for results in (
+        reference.quadratic(q, k, v, slopes, state),
+        reference.chunked(q, k, v, slopes, state, chunk=16),
+    ):
+        assert_close(results, truth, 1e-13)
+
+
+def test_recurrence_by_hand():
+    q, k, v = (
+        torch.tensor(x)[None, :, None, None].repeat(1, 1, 1, 8) for x in ([1.0, 2.0], [3.0, 4.0], [5.0, 6.0])
+    )
+    slopes = torch.tensor([0.5])
+    decay = float(torch.exp(-slopes))
+    o, state = lightning_attention(q, k, v, slopes, output_final_state=True, backend="reference")
+    last = decay * 15.0 + 24.0
+    torch.testing.assert_close(o[0, :, 0, 0], torch.tensor([8 * 15.0, 8 * 2 * last]))
+    torch.testing.assert_close(state, torch.full((1, 1, 8, 8), last))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_the_torch_backend(dtype):
+    tensors, slopes = make_inputs(1, 130, 3, 16, 16, dtype=dtype)
+    results = run(tensors, slopes, "torch")
+    assert [x.dtype for x in results] == [dtype, torch.float32, dtype, dtype, dtype, torch.float32]
+    assert_close(results, expected(tensors, slopes), 2.4e-3)
+
+
+def test_segments_do_not_change_the_outcome_of_a_repeat():
+    tensors, slopes = make_inputs(1, 100, 2, 16, 16)
+    with force(segments=3, chunk=16):
+        first, second = run(tensors, slopes, "triton"), run(tensors, slopes, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
