@@ -23,6 +23,7 @@ from data.errors import DataError
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY_SUFFIX = ".tmp"
+LOCK_POLL_SECONDS = 0.1
 
 
 def check_plain_name(name: object, where: str) -> str:
@@ -136,18 +137,30 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
 def exclusive_lock(path: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Hold a lock file, waiting for whoever holds it; the kernel frees that of a dead process at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    descriptor = _try_lock(path)
+    if descriptor is None:
+        log(f"waiting for the process that holds {path}")
+    while descriptor is None:
+        time.sleep(LOCK_POLL_SECONDS)
+        descriptor = _try_lock(path)
     try:
-        waiting = False
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waiting:
-                    log(f"waiting for the process that holds {path}")
-                waiting = True
-                time.sleep(0.1)
         yield
     finally:
+        path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _try_lock(path: Path) -> int | None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # a holder removes its file when it is done: the lock of a removed file protects nothing
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None

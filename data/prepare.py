@@ -169,7 +169,6 @@ def _prepare_into(folder: Path, plan: _Plan, log: Log) -> PreparedData:
         with explain_write_errors(folder), exclusive_lock(lock_path, log):
             if not _is_prepared(folder, plan):
                 _build(folder, plan, log)
-            lock_path.unlink(missing_ok=True)  # who waits for it still finds the folder prepared
     return open_prepared(folder, plan.data, TokenizerConfig())
 
 

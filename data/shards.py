@@ -58,8 +58,9 @@ class TokenSplit:
     (documents,): where each document ends in the stream.
     """
 
-    def __init__(self, name: str, shards: list[np.ndarray], index: np.ndarray):
+    def __init__(self, name: str, shards: list[np.ndarray], index: np.ndarray, vocab_size: int):
         self.name = name
+        self.vocab_size = vocab_size
         self._shards = shards
         self._shard_starts = [0]
         for shard in shards:
@@ -70,7 +71,7 @@ class TokenSplit:
         self.bytes = int(self._byte_ends[-1]) if self.documents else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the stream, int64 (stop - start,)."""
+        """Tokens [start, stop) of the stream, int64 (stop - start,); DataError where an id is none."""
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.tokens}")
         out = np.empty(stop - start, np.int64)
@@ -83,6 +84,11 @@ class TokenSplit:
                 position - shard_start : shard_stop - shard_start
             ]
             position = shard_stop
+        if len(out) and out.max() >= self.vocab_size:
+            raise DataError(
+                f"the {self.name} split holds the token {out.max()}, its tokenizer has {self.vocab_size}:"
+                f" the shards are damaged, prepare the data again"
+            )
         return out
 
     def document(self, index: int) -> tuple[np.ndarray, int]:
@@ -115,7 +121,6 @@ class ShardWriter:
         while (note := self._read_note()) is not None:
             self.notes.append(note)
         self.documents = sum(note["documents"] for note in self.notes)
-        self.first_missing_document = self.documents
 
     def _name(self, suffix: str) -> str:
         return tokens_file(self.split, len(self.notes)) + suffix
@@ -125,9 +130,8 @@ class ShardWriter:
         if not note_path.exists():
             return None
         note = read_json_object(note_path, MAX_MANIFEST_BYTES)
-        if not tokens_path.exists() or tokens_path.stat().st_size != note["size"]:
-            raise DataError(f"{tokens_path} is damaged: delete the folder {self.folder} and prepare again")
-        return note
+        is_whole = tokens_path.exists() and tokens_path.stat().st_size == note["size"]
+        return note if is_whole else None
 
     def add(self, ids: np.ndarray, num_bytes: int) -> None:
         """Append one document: ids with bos and eos, and the bytes of its text."""
@@ -360,4 +364,4 @@ def open_split(folder: Path, manifest: Manifest, split: str) -> TokenSplit:
     starts_right = not entry["documents"] or (ends[0] > 0 and byte_ends[0] >= 0)
     if not (ordered and starts_right and last == [entry["tokens"], entry["bytes"]]):
         raise DataError(f"{path} does not fit the tokens of its split: it is damaged, prepare the data again")
-    return TokenSplit(split, shards, index)
+    return TokenSplit(split, shards, index, manifest.vocab_size)

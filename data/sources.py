@@ -330,8 +330,7 @@ def _above(value: float) -> float:
 
 def _cut_document(document: Document, valid_fraction: float) -> Iterator[tuple[str, Document]]:
     text, name = document
-    position = round(len(text) * (1.0 - valid_fraction))
-    position = text.rfind("\n", 0, position) + 1 or position  # the start of a line where there is one
+    position = int(len(text) * (1.0 - valid_fraction))
     for split, part in (("train", text[:position]), ("valid", text[position:])):
         if part:
             yield split, Document(part, f"{name} ({split} part)")

@@ -34,7 +34,7 @@ BAD_INPUTS = {
         {"q": torch.zeros(2, 20, 2, 16, dtype=torch.int64)},
         ["q has dtype torch.int64", "bfloat16"],
     ),
-    "two dtypes": ({"k": torch.zeros(2, 20, 2, 16).half()}, ["k is torch.float16", "q is, torch.float32"]),
+    "two dtypes": ({"k": torch.zeros(2, 20, 2, 16).half()}, ["k is torch.float16", "q is torch.float32"]),
     "k unlike q": ({"k": torch.zeros(2, 20, 2, 24)}, ["k has shape (2, 20, 2, 24)", "(2, 20, 2, 16)"]),
     "v unlike q": ({"v": torch.zeros(2, 21, 2, 24)}, ["v has shape (2, 21, 2, 24)"]),
     "slopes of other heads": ({"slopes": torch.zeros(3)}, ["slopes is torch.float32 (3,)", "(2,)"]),

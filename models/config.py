@@ -1,0 +1,148 @@
+"""The architecture's settings, and the counts that follow from them.
+
+`ModelConfig` describes every model in this repository: TransNormerLLM, the ablations of its paper,
+hybrid stacks, and the Llama baseline, which differ only in the values below.
+Sizes are in features (D hidden, H heads, d = D / H head dim) or tokens (V vocabulary).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# One chunk length for all FLOP counts, whatever the kernel uses, so that figures stay comparable.
+FLOP_CHUNK_TOKENS = 64
+
+CHOICES = {
+    "attention": ("lightning", "quadratic", "softmax"),
+    "decay": ("published", "paper", "none"),
+    "lrpe": ("first", "all", "none"),
+    "activation": ("silu", "none"),
+    "gate": ("full", "low_rank", "none"),
+    "norm": ("srmsnorm", "rmsnorm", "layernorm"),
+    "channel_mixer": ("sglu", "swiglu"),
+    "backend": ("auto", "triton", "torch", "reference"),
+    "activation_checkpointing": ("none", "full"),
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Settings of one decoder. The defaults are those of TransNormerLLM (arXiv 2307.14995).
+
+    Raises:
+        ValueError: names the dotted key (`model.num_heads`), the value and what is allowed.
+    """
+
+    name: str = "tnl-tiny"  # for tables and logs
+    vocab_size: int | None = None  # V; None until the tokenizer is known
+    hidden_size: int = 256  # D
+    num_layers: int = 4
+    num_heads: int = 4  # H
+    glu_size: int = 704  # inner width of the channel mixer
+    tie_embeddings: bool = True  # the head uses the embedding's weight
+    scale_embedding: bool = True  # multiply embeddings by sqrt(D)
+
+    attention: str = "lightning"  # quadratic: Lightning Attention-1's left product; softmax: Llama
+    softmax_every: int = 0  # hybrid: every k-th layer uses softmax attention; 0 for none
+    decay: str = "published"  # published: ALiBi slopes; paper: exp(-8h/H (1 - l/L)); none: 1
+    decay_layer_scaling: bool = True  # slopes shrink to nearly 0 at the last layer
+    lrpe: str = "first"  # layers with linearized relative positional encoding
+    activation: str = "silu"  # on q and k
+    gate: str = "full"  # low_rank: TNL3's D -> gate_size -> D
+    gate_size: int = 16
+    norm: str = "srmsnorm"
+    channel_mixer: str = "sglu"
+    rope_base: float = 10000.0  # softmax layers only
+
+    init_std: float = 0.02
+    dropout: float = 0.0  # on the embedding and on both residual branches
+    backend: str = "auto"  # of lightning_attention
+    activation_checkpointing: str = "none"  # full: recompute every block in backward
+
+    def __post_init__(self) -> None:
+        for key, allowed in CHOICES.items():
+            value = getattr(self, key)
+            if value not in allowed:
+                raise ValueError(f"model.{key}={value!r} is unknown. Allowed: {', '.join(allowed)}.")
+        for key in ("hidden_size", "num_layers", "num_heads", "glu_size", "gate_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1.")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(
+                f"model.vocab_size={self.vocab_size} must be at least 1, or null to follow the tokenizer."
+            )
+        if self.softmax_every < 0:
+            raise ValueError(
+                f"model.softmax_every={self.softmax_every} must be 0 (none) or a number of layers."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout={self.dropout} must be at least 0 and below 1.")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}."
+            )
+        if self.attention != "softmax" and (self.head_dim % 8 or max(self.qk_dim(0), self.qk_dim(1)) > 256):
+            raise ValueError(
+                f"model.num_heads={self.num_heads} gives heads of {self.head_dim} features. The kernel takes "
+                "multiples of 8, up to 256 (LRPE doubles q and k): choose another model.num_heads."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """d: features per head of v and of the output."""
+        return self.hidden_size // self.num_heads
+
+    def uses_softmax(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) is softmax attention: all of Llama, every k-th of a hybrid."""
+        if self.attention == "softmax":
+            return True
+        return self.softmax_every > 0 and (layer + 1) % self.softmax_every == 0
+
+    def uses_lrpe(self, layer: int) -> bool:
+        """Whether layer `layer` rotates q and k by LRPE, which doubles their width."""
+        return self.lrpe == "all" or (self.lrpe == "first" and layer == 0)
+
+    def qk_dim(self, layer: int) -> int:
+        """Features per head of q and k as they enter the operator."""
+        return self.head_dim * (2 if self.uses_lrpe(layer) else 1)
+
+    def num_parameters(self) -> int:
+        """Trainable parameters, a tied head counted once. Needs `vocab_size`."""
+        hidden = self.hidden_size
+        norm_weights = {"srmsnorm": 0, "rmsnorm": hidden, "layernorm": 2 * hidden}[self.norm]
+        total = self.vocab_size * hidden * (1 if self.tie_embeddings else 2) + norm_weights
+        for layer in range(self.num_layers):
+            total += 3 * hidden * self.glu_size + 2 * norm_weights
+            if self.uses_softmax(layer):
+                total += 4 * hidden * hidden
+                continue
+            gate = {"full": hidden * hidden, "low_rank": 2 * hidden * self.gate_size, "none": 0}[self.gate]
+            total += 4 * hidden * hidden + gate + norm_weights
+            total += hidden if self.uses_lrpe(layer) else 0
+        return total
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Model FLOPs of one token's training step (forward once, backward twice as much).
+
+        Matrix products only, counted from the layers that run: linear attention as chunks of 64
+        (2·C·(Dk + Dv) + 4·Dk·Dv a head), quadratic and softmax attention as their causal half
+        (N·(Dk + Dv) a head), the head as 2·V·D; the embedding look-up costs nothing.
+
+        Args:
+            seq_len: N in tokens, which only quadratic and softmax layers depend on.
+        """
+        hidden, heads, head_dim = self.hidden_size, self.num_heads, self.head_dim
+        forward = 2.0 * self.vocab_size * hidden
+        for layer in range(self.num_layers):
+            forward += 2 * 3 * hidden * self.glu_size + 2 * 4 * hidden * hidden
+            if self.uses_softmax(layer):
+                forward += heads * seq_len * 2 * head_dim
+                continue
+            gate = {"full": hidden * hidden, "low_rank": 2 * hidden * self.gate_size, "none": 0}[self.gate]
+            qk_dim = self.qk_dim(layer)
+            forward += 2 * gate
+            if self.attention == "quadratic":
+                forward += heads * seq_len * (qk_dim + head_dim)
+            else:
+                forward += heads * (2 * FLOP_CHUNK_TOKENS * (qk_dim + head_dim) + 4 * qk_dim * head_dim)
+        return 3 * forward

@@ -1,0 +1,83 @@
+"""Causal softmax attention with RoPE: the token mixer of the Llama baseline and of hybrid stacks.
+
+Shapes: B batch, N sequence, H heads, d head dim. The cache of a layer is (k, v), each (B, S, H, d) with S
+the tokens seen so far: unlike the linear state it grows.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.layers import Linear
+
+
+def apply_rope(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Rotary embedding (Su et al. 2021) of x (B, N, H, d) at positions (B or 1, N), halves as pairs."""
+    half = x.shape[-1] // 2
+    frequencies = base ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
+    angles = (positions[..., None, None].double() * frequencies).float()  # (B or 1, N, 1, d/2)
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class SoftmaxAttention(nn.Module):
+    """Multi-head causal attention through PyTorch's scaled_dot_product_attention or varlen_attn."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.rope_base = config.num_heads, config.rope_base
+        self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None,
+        state: tuple[Tensor, Tensor] | None,
+        keep_state: bool,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """x (B, N, D) → output (B, N, D) and, if `keep_state`, the keys and values seen so far."""
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in self.qkv_proj(x).chunk(3, dim=-1))
+        q, k = apply_rope(q, positions, self.rope_base), apply_rope(k, positions, self.rope_base)
+        if state is not None:
+            k, v = torch.cat([state[0], k], dim=1), torch.cat([state[1], v], dim=1)
+        if cu_seqlens is None:
+            o = causal_attention(q, k, v)
+        else:
+            o = packed_causal_attention(q, k, v, cu_seqlens)
+        return self.out_proj(o.flatten(-2)), (k, v) if keep_state else None
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (B, N, H, d) attends to k, v (B, S, H, d), S >= N, the last query being the last key's token."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if num_queries == num_keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
+    mask = mask.tril(num_keys - num_queries)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def packed_causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Causal attention within each of the sequences packed into (1, T, H, d)."""
+    if q.is_cuda and q.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest = q.shape[1]  # an upper bound spares a device-to-host copy of the lengths
+        o = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
+        return o[None]
+    bounds = cu_seqlens.tolist()
+    pieces = [
+        causal_attention(q[:, start:stop], k[:, start:stop], v[:, start:stop])
+        for start, stop in itertools.pairwise(bounds)
+        if stop > start
+    ]
+    return torch.cat(pieces, dim=1)

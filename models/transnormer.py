@@ -1,0 +1,156 @@
+"""TransNormer: embedding, L pre-norm blocks of token and channel mixer, a last norm, and the head.
+
+`x = x + mixer(norm(x))` twice a block. The names of modules are those of the published checkpoints, so that
+`state_dict` keys load without a rename. The same class builds the Llama baseline and hybrid stacks.
+Shapes: B batch, N sequence, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.attention import LRPE, GatedLinearAttention
+from models.config import ModelConfig
+from models.layers import Embedding, GatedLinearUnit, LMHead, make_norm
+from models.llama import SoftmaxAttention
+
+
+@dataclass
+class DecodeState:
+    """What generation carries from token to token: passed in and returned, never kept on a module."""
+
+    position: int = 0  # tokens seen so far
+    layers: list[Any] = field(default_factory=list)  # fp32 (B, H, Dk, Dv), or (k, v) of a softmax layer
+
+
+class Block(nn.Module):
+    """One layer: x + token_mixer(norm(x)), then x + channel_mixer(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.token_norm = make_norm(config)
+        if config.uses_softmax(layer):
+            self.token_mixer = SoftmaxAttention(config)
+        else:
+            self.token_mixer = GatedLinearAttention(config, layer)
+        self.channel_norm = make_norm(config)
+        self.channel_mixer = GatedLinearUnit(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, state: Any, keep_state: bool):
+        mixed, state = self.token_mixer(self.token_norm(x), positions, cu_seqlens, state, keep_state)
+        x = x + self.dropout(mixed)
+        return x + self.dropout(self.channel_mixer(self.channel_norm(x))), state
+
+
+class Backbone(nn.Module):
+    """Everything but the head: tokens (B, N) → features (B, N, D)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = make_norm(config)
+
+    def forward(
+        self, tokens: Tensor, dtype: torch.dtype, cu_seqlens: Tensor | None, state: DecodeState | None
+    ) -> tuple[Tensor, DecodeState | None]:
+        start = state.position if state is not None else 0
+        positions = token_positions(tokens.shape[1], start, cu_seqlens, tokens.device)
+        x = self.dropout(self.embed_tokens(tokens, dtype))
+        recompute = self.config.activation_checkpointing == "full" and torch.is_grad_enabled()
+        next_layers = []
+        for index, block in enumerate(self.layers):
+            layer_state = state.layers[index] if state is not None and state.layers else None
+            arguments = (x, positions, cu_seqlens, layer_state, state is not None)
+            if recompute:
+                x, layer_state = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x, layer_state = block(*arguments)
+            next_layers.append(layer_state)
+        if state is not None:
+            state = DecodeState(start + tokens.shape[1], next_layers)
+        return self.final_norm(x), state
+
+
+class TransNormer(nn.Module):
+    """A language model: logits or loss from tokens.
+
+    Example:
+        model = TransNormer(ModelConfig(vocab_size=64000))
+        loss = model(tokens, targets=targets)          # summed nats, fp32
+        logits, state = model(tokens, state=DecodeState())  # prefill; pass `state` back for each next token
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is not set, and there is no tokenizer to take it from.")
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None  # None: that of the weights
+        self.model = Backbone(config)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.initialize(seed)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Normal(0, init_std) for linear maps and the embedding; LRPE's own frequencies."""
+        generator = torch.Generator(self.lm_head.weight.device).manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding | nn.Linear) and not (
+                module is self.lm_head and self.config.tie_embeddings
+            ):
+                module.weight.normal_(0.0, self.config.init_std, generator=generator)
+            elif isinstance(module, LRPE):
+                module.theta.copy_(module.initial_theta())
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        state: DecodeState | None = None,
+        reduction: str = "sum",
+        last_only: bool = False,
+    ):
+        """
+        Args:
+            tokens: (B, N) int64.
+            targets: (B, N) int64, -100 where not scored; None for logits.
+            cu_seqlens: (num_sequences + 1,) int32, B = 1: sequences packed one after another; attention
+                and positions restart at each.
+            state: carries a sequence over several calls; given and returned.
+            reduction: of the loss, "sum" or "none" (per token, no gradients).
+            last_only: give logits of the last token only, (B, 1, V).
+
+        Returns:
+            With `targets`, the fp32 loss in nats: a scalar, or (B, N) for "none". Otherwise logits
+            (B, N, V). With `state`, a pair of that and the next state.
+        """
+        if state is not None and cu_seqlens is not None:
+            raise ValueError(
+                "state and cu_seqlens exclude each other: a carried sequence can't be a packed one."
+            )
+        dtype = self.compute_dtype or self.lm_head.weight.dtype
+        x, next_state = self.model(tokens, dtype, cu_seqlens, state)
+        out = self.lm_head(x[:, -1:] if last_only else x, targets, reduction)
+        return out if state is None else (out, next_state)
+
+
+def token_positions(length: int, start: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """Position of each token in its own sequence, (1, N) int64."""
+    positions = torch.arange(start, start + length, device=device)
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens, positions, right=True) - 1
+        positions = positions - cu_seqlens[sequence].long()
+    return positions[None]

@@ -1,0 +1,258 @@
+"""Documents come out of every kind of file unchanged, and are split by content."""
+
+import gzip
+import json
+import lzma
+import random
+import sysconfig
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from data import sources
+from data.config import DataConfig
+from data.errors import DataError
+from data.sources import Document, open_source, read_file, sample_documents, split_documents
+
+TEXTS = ["first  line\r\nsecond\0", "\ufeffzwei\n\n", "\u2581 \U0001f600", "last"]
+COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
+
+
+def jsonl(texts, field="text"):
+    return "".join(json.dumps({field: text, "id": i}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def read_texts(path, **settings):
+    return [
+        document.text
+        for document in open_source(DataConfig(source="text", path=str(path), **settings)).read()
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
+def test_text_and_jsonl_compressed_or_not(tmp_path, suffix):
+    compress = COMPRESS.get(suffix, bytes)
+    (tmp_path / f"a.txt{suffix}").write_bytes(compress(TEXTS[0].encode()))
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(compress(jsonl(TEXTS[1:])))
+    assert read_texts(tmp_path) == TEXTS
+    assert read_texts(tmp_path / "*.txt*") == TEXTS[:1]
+    assert read_texts(tmp_path / f"b.jsonl{suffix}") == TEXTS[1:]
+
+
+def test_zstandard_file_of_several_frames(tmp_path):
+    content = jsonl(TEXTS)
+    compress = COMPRESS[".zst"]
+    (tmp_path / "a.jsonl.zst").write_bytes(compress(content[:20]) + compress(content[20:]))
+    assert read_texts(tmp_path) == TEXTS
+
+
+def test_parquet(tmp_path):
+    table = pyarrow.table({"body": TEXTS * 300, "id": list(range(1200))})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read_texts(tmp_path, text_field="body") == TEXTS * 300
+    with pytest.raises(DataError, match=r"no column 'text': set data\.text_field to one of body, id"):
+        read_texts(tmp_path)
+
+
+def test_folders_are_read_sorted_and_other_files_left_out(tmp_path):
+    for name in ("b/2.txt", "a.txt", "b/1.txt", "b/notes.md", "c.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read_texts(tmp_path) == ["a.txt", "b/1.txt", "b/2.txt"]
+    assert read_texts(tmp_path, max_documents=2) == ["a.txt", "b/1.txt"]
+
+
+def test_fingerprint_follows_the_files(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    config = DataConfig(source="text", path=str(tmp_path))
+    before = open_source(config).fingerprint
+    assert open_source(config).fingerprint == before
+    file.write_text("two!")
+    assert open_source(config).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"abc\xffdef", r"a\.txt is not UTF-8 at byte 3 "),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "\xe9"}\n', r"a\.jsonl is not UTF-8 at byte 25 "),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": \n', r"a\.jsonl:2 is not valid JSON"),
+        ("a.jsonl", b'{"body": "ok"}\n', r"a\.jsonl:1 has no text in the field 'text': set data\.text_field"),
+        ("a.jsonl", b'["text"]\n', r"a\.jsonl:1 has no text"),
+        ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1 has no text"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1 holds half a surrogate pair"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is not valid JSON"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz can't be read"),
+        ("a.jsonl.gz", gzip.compress(jsonl(TEXTS))[:-12], r"a\.jsonl\.gz can't be read"),
+        ("a.jsonl.xz", lzma.compress(jsonl(TEXTS))[:-12], r"a\.jsonl\.xz can't be read"),
+        ("a.txt.zst", b"no zstandard", r"a\.txt\.zst can't be read"),
+        ("a.parquet", b"no parquet", r"a\.parquet is no valid \.parquet file"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_texts(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_archive_bombs_are_refused(tmp_path, monkeypatch, suffix, kind):
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 10_000)
+    path = tmp_path / f"bomb{kind}{suffix}"
+    path.write_bytes(COMPRESS[suffix](bytes(50_000)))
+    with pytest.raises(DataError, match="over 10000 bytes"):
+        list(read_file(path, "text"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "nothing", "no such file or folder"),
+        (lambda folder: folder, "no file in it ends in one of .txt"),
+        (lambda folder: folder / "a.csv", "its name must end in one of .txt"),
+    ],
+)
+def test_bad_paths_are_named(tmp_path, make, message):
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(DataError, match=f"^data.path=.*{message}"):
+        read_texts(make(tmp_path))
+
+
+def documents_of(count, seed=0):
+    rng = random.Random(seed)
+    return [Document(f"{rng.random()} text {i}", str(i)) for i in range(count)]
+
+
+def split_of(documents, fraction):
+    parts = {"train": set(), "valid": set()}
+    for split, document in split_documents(iter(documents), fraction):
+        parts[split].add(document.text)
+    return parts["train"], parts["valid"]
+
+
+def test_split_is_disjoint_complete_and_near_the_fraction():
+    documents = documents_of(3000)
+    train, valid = split_of(documents, 0.1)
+    assert not train & valid
+    assert train | valid == {document.text for document in documents}
+    assert 200 < len(valid) < 400
+
+
+def test_split_is_stable_when_order_and_number_change():
+    documents = documents_of(3000)
+    _, valid = split_of(documents, 0.1)
+    _, valid_of_fewer = split_of(documents[::-1][:1500], 0.1)
+    assert valid_of_fewer == valid & {document.text for document in documents[1500:]}
+
+
+def test_equal_texts_stay_together():
+    documents = [Document(document.text, f"copy of {document.name}") for document in documents_of(50)] * 2
+    train, valid = split_of(documents, 0.3)
+    assert not train & valid
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_small_sources_have_both_splits(count, fraction):
+    for seed in range(20):
+        train, valid = split_of(documents_of(count, seed), fraction)
+        assert train
+        assert valid
+
+
+def test_lone_document_is_split_by_position():
+    text = "".join(f"{i}\n" for i in range(1000))
+    (train,), (valid,) = split_of([Document(text, "lone")], 0.1)
+    assert train + valid == text
+    assert len(train) == int(len(text) * 0.9)
+
+
+def test_fractions_zero_and_one_take_everything():
+    assert split_of(documents_of(5), 0.0)[1] == set()
+    assert split_of(documents_of(5), 1.0)[0] == set()
+
+
+def test_empty_documents_are_left_out():
+    assert split_of([Document("", "a"), Document("b", "b")], 0.0) == ({"b"}, set())
+
+
+def test_standard_library():
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents = list(open_source(DataConfig()).read())
+    names = [document.name for document in documents]
+    assert names == sorted(names, key=Path)
+    assert len({document.text for document in documents}) == len(documents) > 200
+    assert not any({"site-packages", "test", "tests"} & set(Path(name).parts) for name in names)
+    assert documents[names.index("argparse.py")].text == (root / "argparse.py").read_bytes().decode()
+
+
+def test_sample_takes_training_documents_up_to_its_budget(tmp_path):
+    documents = documents_of(4000)
+    (tmp_path / "a.jsonl").write_bytes(jsonl([document.text for document in documents]))
+    config = DataConfig(source="text", path=str(tmp_path), valid_fraction=0.5)
+    train, _ = split_of(documents, 0.5)
+    sample = list(sample_documents(open_source(config), config, 20_000))
+    assert set(sample[:-1]) < train
+    assert sum(map(len, sample)) <= 20_000
+    last = [document.text for document in documents].index(sample[-2])
+    assert last > 1000  # drawn from the whole source, not its head
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"source": "csv"}, "data.source=csv"),
+        ({"source": "text"}, "data.path"),
+        ({"source": "prepared"}, "data.path"),
+        ({"source": "hub"}, "data.name"),
+        ({"path": "x"}, "data.path=x"),
+        ({"valid_path": "x"}, "data.valid_path=x"),
+        ({"valid_fraction": 1.5}, "data.valid_fraction=1.5"),
+        ({"workers": -1}, "data.workers=-1"),
+        ({"shard_bytes": 0}, "data.shard_bytes=0"),
+        ({"max_documents": 0}, "data.max_documents=0"),
+        ({"verify": "no"}, "data.verify=no"),
+    ],
+)
+def test_wrong_settings_are_named(settings, key):
+    with pytest.raises(DataError, match=key):
+        DataConfig(**settings)
+
+
+def test_hub_rows_become_documents(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = {}
+
+    def load_dataset(name, config, **settings):
+        asked.update(settings, name=name, config=config)
+        return iter([{"body": text} for text in TEXTS])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = DataConfig(
+        source="hub", name="owner/set", text_field="body", hub_revision="abc", max_documents=3
+    )
+    documents = list(open_source(config).read())
+    assert [document.text for document in documents] == TEXTS[:3]
+    assert asked == {
+        "name": "owner/set",
+        "config": None,
+        "split": "train",
+        "revision": "abc",
+        "streaming": True,
+    }
+
+
+def test_unreachable_hub_is_one_clear_error(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*_, **__):
+        raise ConnectionError("no route\nmore lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"^data\.name=owner/set can't be read from the hub: no route$"):
+        list(open_source(DataConfig(source="hub", name="owner/set")).read())

@@ -1,0 +1,56 @@
+"""Pretrain a TransNormer language model.
+
+    python train.py model=tnl-tiny max_steps=200                    one process
+    deepspeed train.py model=tnl-1b seq_len=8192 engine=zero2       every GPU of this machine
+    python train.py -m seq_len=1024,2048 run_dir=outputs/lengths    one run after another
+
+The run folder holds everything: config, metrics, log, samples, plots, report and checkpoints.
+The same command again resumes it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from training.config import TrainConfig, command_line, compose, fail, run_command, sweep_points
+from training.errors import USER_ERRORS
+
+
+def main(config: TrainConfig) -> int:
+    """Train on this rank."""
+    from training.loop import train  # after the settings are known to be right: it takes seconds to import
+
+    return train(config)
+
+
+def multirun(arguments: list[str]) -> int:
+    """Run every point of `key=a,b` settings in a process and a run folder of its own, in order.
+
+    Returns the first exit code that is not 0; later points run all the same, unless a point was preempted.
+    """
+    points = sweep_points(arguments)
+    configs = [compose(TrainConfig, point, "train") for point in points]
+    swept = [key for key in points[0] if any(key not in point for point in points)]
+    names = [setting.split("=", 1)[0] for setting in swept]
+    first_failure = 0
+    for index, (point, config) in enumerate(zip(points, configs, strict=True)):
+        label = ",".join(setting for setting in point if setting.split("=", 1)[0] in names)
+        run_dir = os.path.join(config.run_dir, label.replace("/", "-") or str(index))
+        others = [setting for setting in point if not setting.startswith("run_dir=")]
+        code = subprocess.run([sys.executable, sys.argv[0], *others, f"run_dir={run_dir}"]).returncode
+        first_failure = first_failure or code
+        if code == 75:
+            break
+    return first_failure
+
+
+if __name__ == "__main__":
+    settings = command_line()
+    if "-m" in settings or "--multirun" in settings:
+        try:
+            sys.exit(multirun([setting for setting in settings if setting not in ("-m", "--multirun")]))
+        except USER_ERRORS as error:
+            fail(error)
+    run_command(main, TrainConfig, __doc__, "train")

@@ -1,0 +1,364 @@
+"""Settings of a training run, and how every command turns `key=value` arguments into settings.
+
+Hydra composes YAML groups over a typed schema (the dataclasses here and beside their owners); everything
+below this module sees plain dataclasses. A wrong setting becomes a `SettingError` of one or two lines.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.config import DataConfig, TokenizerConfig
+from models.config import ModelConfig
+from training.errors import EXIT_USER_ERROR, USER_ERRORS, SettingError
+from training.optimizer import OptimConfig, ScheduleConfig
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+# What may change when a run is resumed; everything else is refused by name.
+CHANGEABLE_ON_RESUME = (
+    "max_steps",
+    "resume",
+    "overwrite",
+    "run_dir",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "sample_every",
+    "keep_checkpoints",
+    "eval_tokens",
+    "sample_prompt",
+    "sample_tokens",
+    "engine.",
+    "wandb.",
+    "data.workers",
+    "data.cache_dir",
+    "data.verify",
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """How DeepSpeed spreads and computes a step."""
+
+    zero_stage: int = 1  # what is sharded over ranks: 0 nothing, 1 optimizer, 2 + gradients, 3 + weights
+    precision: str = "bf16"  # of activations and weights in compute; masters are fp32 either way
+    offload_optimizer: bool = False  # keep optimizer state and masters in CPU memory (stage 2, 3)
+    offload_parameters: bool = False  # keep weights in CPU memory (stage 3)
+    compile: str = "auto"  # torch.compile of the blocks: auto (on a GPU), true, false
+    timeout_minutes: float = 30.0  # a collective that takes longer ends the run
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise SettingError(f"engine.zero_stage={self.zero_stage}: allowed are 0, 1, 2, 3.")
+        if self.precision not in ("bf16", "fp32"):
+            raise SettingError(f"engine.precision={self.precision!r} is unknown. Allowed: bf16, fp32.")
+        self.compile = str(self.compile).lower()
+        if self.compile not in ("auto", "true", "false"):
+            raise SettingError(f"engine.compile={self.compile!r} is unknown. Allowed: auto, true, false.")
+        if self.offload_optimizer and self.zero_stage < 2:
+            raise SettingError("engine.offload_optimizer=true needs engine.zero_stage 2 or 3.")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise SettingError("engine.offload_parameters=true needs engine.zero_stage=3.")
+        if not self.timeout_minutes > 0:
+            raise SettingError(f"engine.timeout_minutes={self.timeout_minutes} must be above 0.")
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbConfig:
+    """Weights & Biases; without a key in the environment it writes offline files only."""
+
+    enabled: bool = False
+    project: str = "transnormer"
+    name: str | None = None  # null: the run folder's name
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """One pretraining run; see configs/train.yaml for the defaults and their meaning."""
+
+    seed: int = 0
+    run_dir: str = "outputs/run"
+    seq_len: int = 1024
+    batch_tokens: int = 65536
+    micro_batch_size: Any = "auto"
+    max_steps: int = 1000
+    resume: str = "auto"
+    overwrite: bool = False
+    init_from: str | None = None
+    log_every: int = 10
+    eval_every: int = 200
+    save_every: int = 200
+    sample_every: int = 200
+    keep_checkpoints: int = 3
+    eval_tokens: int = 262144
+    sample_prompt: str = "def "
+    sample_tokens: int = 128
+    max_skipped_steps: int = 10  # stop after this many steps in a row with a non-finite gradient
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    experiment: Any = None
+
+    def __post_init__(self) -> None:
+        for key in ("seq_len", "batch_tokens", "max_steps", "keep_checkpoints", "max_skipped_steps"):
+            if getattr(self, key) < 1:
+                raise SettingError(f"{key}={getattr(self, key)} must be at least 1.")
+        for key in ("log_every", "eval_every", "save_every", "sample_every", "eval_tokens", "sample_tokens"):
+            if getattr(self, key) < 0:
+                raise SettingError(f"{key}={getattr(self, key)} must be 0 (off) or more.")
+        if self.resume not in ("auto", "never", "must"):
+            raise SettingError(f"resume={self.resume!r} is unknown. Allowed: auto, never, must.")
+        if self.batch_tokens % self.seq_len:
+            lower = self.batch_tokens // self.seq_len * self.seq_len
+            raise SettingError(
+                f"batch_tokens={self.batch_tokens} is not a multiple of seq_len={self.seq_len}. "
+                f"Try batch_tokens={lower or self.seq_len}."
+            )
+        if self.micro_batch_size != "auto" and (
+            not isinstance(self.micro_batch_size, int) or self.micro_batch_size < 1
+        ):
+            raise SettingError(f"micro_batch_size={self.micro_batch_size!r}: a number of sequences, or auto.")
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences in one optimizer step over all ranks."""
+        return self.batch_tokens // self.seq_len
+
+
+def compose(schema: type, arguments: list[str], config_name: str | None = None):
+    """Build a `schema` dataclass from `key=value` arguments as Hydra reads them.
+
+    Args:
+        schema: a dataclass; unknown keys and wrong types are refused against it.
+        config_name: a YAML file in configs/ whose defaults list starts with `<config_name>_schema`;
+            None takes the schema's own defaults.
+
+    Raises:
+        SettingError: names the key or group, the value and what is allowed.
+    """
+    ConfigStore.instance().store(name=f"{config_name or 'settings'}_schema", node=schema)
+    for argument in arguments:
+        if argument.startswith("-") or "=" not in argument:
+            raise SettingError(f"{argument}: not a setting. Write key=value; --help lists the keys.")
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            composed = hydra_compose(config_name or "settings_schema", overrides=list(arguments))
+        return OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingError(_explain(error, schema)) from None
+    except USER_ERRORS:
+        raise
+    except ValueError as error:
+        raise SettingError(str(error)) from None
+
+
+def _explain(error: Exception, schema: type) -> str:
+    """One or two lines out of Hydra's and OmegaConf's long messages."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    unknown = re.match(r"Could not override '([^']+)'", lines[0])
+    if unknown:
+        return _unknown_setting(unknown[1], schema)
+    if lines[0].startswith("Ambiguous value"):
+        return f"{lines[0]}: several values. Quote a list as key=[a,b], or add -m for one run after another."
+    if "Could not find" in lines[0]:
+        return " ".join([lines[0].split(": ", 1)[-1] + ".", *_options(lines)])
+    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
+    detail = str(cause).splitlines()[0] if str(cause) else lines[0]
+    return f"{key}: {detail}." if key and key not in detail else detail
+
+
+def _unknown_setting(key: str, schema: type) -> str:
+    """Name the unknown key and the nearest known one."""
+    known = list(flatten(schema()))
+    known += sorted({name.split(".")[0] for name in known if "." in name})
+    nearest = difflib.get_close_matches(key, known, 1, 0.6) or [
+        name for name in known if name.endswith("." + key.rsplit(".", 1)[-1])
+    ]
+    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    return f"{key}: unknown setting.{hint} --help lists all settings."
+
+
+def _options(lines: list[str]) -> list[str]:
+    """The choices that Hydra lists after an unknown group option, joined into one sentence."""
+    for index, line in enumerate(lines):
+        if line.startswith("Available options"):
+            choices = [choice for choice in lines[index + 1 :] if " " not in choice]
+            return [f"Allowed: {', '.join(choices)}."]
+    return []
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a dataclass (or nested dictionary) and their values."""
+    flat: dict[str, Any] = {}
+    if is_dataclass(config):
+        items = [(f.name, getattr(config, f.name)) for f in fields(config)]
+    else:
+        items = list(config.items())
+    for name, value in items:
+        if is_dataclass(value) or isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass of settings as nested dictionaries of plain values."""
+    return {
+        f.name: to_dict(value) if is_dataclass(value := getattr(config, f.name)) else value
+        for f in fields(config)
+    }
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write the settings as YAML of plain values."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def load_saved_config(path: Path) -> dict[str, Any]:
+    """Read a saved config.yaml as plain values: no YAML tags, no interpolation, nothing executed."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingError(f"{path}: not a readable config ({reason}).") from None
+    if not isinstance(content, dict):
+        raise SettingError(f"{path}: not a config, expected a mapping of settings.")
+    return content
+
+
+def model_config_from(saved: dict[str, Any], where: Path) -> ModelConfig:
+    """The `model` section of a saved config; unknown fields are refused."""
+    section = saved.get("model")
+    if not isinstance(section, dict):
+        raise SettingError(f"{where}: has no model section.")
+    known = {f.name for f in fields(ModelConfig)}
+    unknown = sorted(set(section) - known)
+    if unknown:
+        raise SettingError(f"{where}: unknown model settings {', '.join(unknown)}.")
+    try:
+        return ModelConfig(**section)
+    except (ValueError, TypeError) as error:
+        raise SettingError(f"{where}: {error}") from None
+
+
+def check_resumable(config: TrainConfig, saved: dict[str, Any], where: Path) -> None:
+    """Refuse a resume whose settings differ from the run's where they may not.
+
+    Raises:
+        SettingError: lists every such key with both values.
+    """
+    new, old = flatten(config), flatten(saved)
+    adopted = {"schedule.total_steps": None, "micro_batch_size": "auto", "model.vocab_size": None}
+    differing = [
+        f"{key}={new.get(key)!r} (run: {old.get(key)!r})"
+        for key in sorted(new.keys() | old.keys())
+        if new.get(key) != old.get(key)
+        and not key.startswith(CHANGEABLE_ON_RESUME)
+        and not (key in adopted and new.get(key) == adopted[key])
+    ]
+    if differing:
+        raise SettingError(
+            f"{where} was started with other settings: {'; '.join(differing)}. "
+            "Use the run's values, or another run_dir."
+        )
+
+
+def sweep_points(arguments: list[str]) -> list[list[str]]:
+    """Expand `key=a,b` arguments, as `-m` takes them, into the overrides of each point, in order."""
+    points: list[list[str]] = [[]]
+    try:
+        overrides = OverridesParser.create().parse_overrides(arguments)
+    except HydraException as error:
+        raise SettingError(str(error).splitlines()[0]) from None
+    for override in overrides:
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            choices = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            choices = [override.input_line]
+        points = [[*point, choice] for point in points for choice in choices]
+    return points
+
+
+def help_text(description: str, schema: type, config_name: str | None) -> str:
+    """What --help prints: the description, the settings with their defaults, and the groups."""
+    config = compose(schema, [], config_name) if config_name else schema()
+    settings = yaml.safe_dump(to_dict(config), sort_keys=False).rstrip()
+    text = f"{description.strip()}\n\nSettings (key=value, nested ones as group.key=value):\n\n{settings}\n"
+    if config_name:
+        groups = sorted(folder for folder in CONFIG_DIR.iterdir() if folder.is_dir())
+        used = {f.name for f in fields(schema)}
+        lines = [
+            f"  {folder.name}={'|'.join(sorted(file.stem for file in folder.glob('*.yaml')))}"
+            for folder in groups
+            if folder.name in used and any(folder.glob("*.yaml"))
+        ]
+        if lines:
+            text += "\nGroups:\n" + "\n".join(lines) + "\n"
+    return text
+
+
+def run_command(
+    main: Callable[[Any], int | None], schema: type, description: str, config_name: str | None = None
+) -> None:
+    """Entry of a command: settings from the command line, `main(settings)`, exit code.
+
+    Prints help for --help, and for a user's error its text alone on stderr with exit code 2.
+    """
+    arguments = command_line()
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(description, schema, config_name))
+        sys.exit(0)
+    try:
+        code = main(compose(schema, arguments, config_name))
+    except USER_ERRORS as error:
+        fail(error)
+    sys.exit(code or 0)
+
+
+def command_line() -> list[str]:
+    """The arguments without the `--local_rank` that DeepSpeed's launcher adds."""
+    arguments = []
+    skip = False
+    for argument in sys.argv[1:]:
+        if skip or argument.replace("-", "_").startswith("__local_rank="):
+            skip = False
+        elif argument.replace("-", "_") == "__local_rank":
+            skip = True
+        else:
+            arguments.append(argument)
+    return arguments
+
+
+def fail(error: Exception) -> None:
+    """Print a user's error, on the first rank only, and exit with 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)

@@ -1,0 +1,283 @@
+"""The only place that trains: a model under DeepSpeed ZeRO 0–3, one optimizer step a call.
+
+Precision, at every stage: fp32 master weights, moments, gradient accumulation and reduction; weights and
+activations in bf16 (`engine.precision=fp32` for all fp32). DeepSpeed's stages 1–3 keep bf16 weights beside
+fp32 masters. Its stage 0 can't accumulate bf16 gradients in fp32, so there the weights themselves are fp32
+and every layer rounds them for its product: the same numbers, and nothing is sharded.
+
+State is seen as fragments: for each parameter, the part of its flattened fp32 master and moments that this
+rank owns. Checkpoints are written and read through them, whatever the stage and the number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import LRPE
+from models.transnormer import TransNormer
+from training.config import TrainConfig
+from training.distributed import World
+from training.optimizer import build_optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("param", *MOMENTS)
+
+# read(name, kind, start, numel) -> flat fp32 tensor: elements of a flattened parameter or moment
+Reader = Callable[[str, str, int, int], Tensor]
+
+
+@dataclass(slots=True)
+class Fragment:
+    """The part of one parameter's state that this rank owns.
+
+    Attributes:
+        shape: of the whole parameter.
+        start: first element of the part in the flattened parameter.
+        tensors: kind ("param", "exp_avg", "exp_avg_sq") to a flat fp32 view into the live state.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    tensors: dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one optimizer step did, the same on every rank.
+
+    Attributes:
+        loss: mean over the step's scored tokens on all ranks, nats.
+        grad_norm: global L2 norm before clipping; inf or nan if the step was skipped.
+        skipped: the gradient was not finite, so weights and moments are as before.
+    """
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+
+
+class Engine:
+    """A model being trained.
+
+    Args:
+        model: on the CPU or this rank's device, fp32.
+        accumulation_steps: micro-steps per optimizer step.
+        micro_batch_size: sequences per micro-step on this rank.
+    """
+
+    def __init__(
+        self,
+        model: TransNormer,
+        config: TrainConfig,
+        world: World,
+        *,
+        accumulation_steps: int,
+        micro_batch_size: int,
+    ) -> None:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module="deepspeed|torch")
+        self.config, self.world, self.stage = config, world, config.engine.zero_stage
+        self.accumulation_steps = accumulation_steps
+        bf16 = config.engine.precision == "bf16"
+        model.compute_dtype = torch.bfloat16 if bf16 else torch.float32
+        model.to(world.device)
+        initial = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+        if bf16 and self.stage > 0:
+            for p in model.parameters():
+                p.data = p.data.bfloat16()
+        optimizer = build_optimizer(model, config.optim)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, micro_batch_size, accumulation_steps),
+            dist_init_required=False,
+        )
+        self.model: TransNormer = self.deepspeed.module
+        self.optimizer = optimizer
+        self.num_steps = 0  # optimizer steps that were not skipped
+        self._load_parameters(lambda name, _, start, numel: initial[name].flatten()[start : start + numel])
+        if self.compiles():
+            for block in self.model.model.layers:
+                block.compile(dynamic=False)
+
+    def compiles(self) -> bool:
+        """Whether blocks run through torch.compile; stage 3 gathers weights in hooks and does not."""
+        if self.config.engine.compile == "auto":
+            return self.world.device.type == "cuda" and self.stage < 3
+        return self.config.engine.compile == "true"
+
+    def train_step(self, batches: Iterable, num_targets: int, lr: float) -> StepResult:
+        """Accumulate gradients over this rank's micro-batches and update the weights.
+
+        Args:
+            batches: `accumulation_steps` batches with tokens, targets and cu_seqlens.
+            num_targets: scored tokens of the whole step over all ranks: the one divisor of the loss.
+            lr: learning rate of this step.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        total = torch.zeros((), device=self.world.device)
+        # DeepSpeed averages gradients over ranks; the loss is a sum over them.
+        scale = self.world.size / num_targets
+        for index, batch in enumerate(batches):
+            self.deepspeed.set_gradient_accumulation_boundary(index == self.accumulation_steps - 1)
+            loss = self._loss(batch)
+            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+            total += loss.detach()
+        grad_norm, skipped = self._update()
+        loss = self.world.sum([total.item()])[0] / num_targets
+        if not skipped:
+            self.num_steps += 1
+            self._refresh_frequencies()
+        return StepResult(loss, grad_norm, skipped)
+
+    def _loss(self, batch) -> Tensor:
+        device = self.world.device
+        cu_seqlens = batch.cu_seqlens
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
+        tokens, targets = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.targets))
+        return self.deepspeed(tokens, targets, cu_seqlens=cu_seqlens)
+
+    def _update(self) -> tuple[float, bool]:
+        """Take the optimizer step unless a gradient is not finite. Returns (gradient norm, skipped)."""
+        if self.stage == 0:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(grads)
+            if not torch.isfinite(norm):
+                self.deepspeed.zero_grad()
+                return float(norm), True
+            if self.config.optim.grad_clip > 0:
+                nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.grad_clip, norm)
+            self.deepspeed.step()
+            return float(norm), False
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm()), bool(self.deepspeed.optimizer.overflow)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's part of every parameter's state; at stage 0 every rank owns everything."""
+        self._create_moments()
+        for name, p in self.model.named_parameters():
+            located = self._locate(p)
+            if located is None:
+                continue
+            flat, offset, start, numel = located
+            if self.stage == 0:
+                tensors = {"param": p.detach(), **{kind: self.optimizer.state[p][kind] for kind in MOMENTS}}
+                tensors = {kind: tensor.flatten() for kind, tensor in tensors.items()}
+            else:
+                whole = {
+                    "param": flat.detach(),
+                    **{kind: self.optimizer.state[flat][kind] for kind in MOMENTS},
+                }
+                tensors = {kind: tensor.narrow(0, offset, numel) for kind, tensor in whole.items()}
+            yield Fragment(name, tuple(getattr(p, "ds_shape", p.shape)), start, tensors)
+
+    def fragments_to_save(self) -> Iterator[Fragment]:
+        """The fragments that this rank writes: together the ranks write each exactly once."""
+        for index, fragment in enumerate(self.fragments()):
+            if self.stage > 0 or index % self.world.size == self.world.rank:
+                yield fragment
+
+    def load(self, read: Reader, num_steps: int) -> None:
+        """Set weights and moments bit for bit from `read`, and the optimizer's count of steps."""
+        self._load_parameters(read)
+        for fragment in self.fragments():
+            for kind in MOMENTS:
+                target = fragment.tensors[kind]
+                target.copy_(read(fragment.name, kind, fragment.start, target.numel()))
+        self.num_steps = num_steps
+        for state in self.optimizer.state.values():
+            state["step"].fill_(num_steps)
+
+    @torch.no_grad()
+    def _load_parameters(self, read: Reader) -> None:
+        """Set masters to `read`'s values and the weights used in compute to the same, rounded."""
+        for name, p in self.model.named_parameters():
+            located = self._locate(p)
+            if located is not None and self.stage > 0:
+                flat, offset, start, numel = located
+                flat.detach().narrow(0, offset, numel).copy_(read(name, "param", start, numel))
+            if self.stage < 3:
+                p.copy_(read(name, "param", 0, p.numel()).view_as(p))
+            elif located is not None:
+                p.ds_tensor.narrow(0, 0, numel).copy_(read(name, "param", start, numel))
+        self._refresh_frequencies()
+
+    def _locate(self, p: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
+        """Where this rank keeps `p`: (flat fp32 tensor, offset in it, start in p, elements), or None."""
+        zero = self.deepspeed.optimizer
+        if self.stage == 0:
+            return p, 0, 0, p.numel()
+        if self.stage == 3:
+            group, offset, _ = zero.grad_position[zero.get_param_id(p)]
+            start = self.world.rank * p.ds_tensor.numel()
+            numel = min(p.ds_tensor.numel(), p.ds_numel - start)
+            return (zero.fp32_partitioned_groups_flat[group], offset, start, numel) if numel > 0 else None
+        mapping = p._hp_mapping
+        if mapping is None:
+            return None
+        flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
+        address = mapping.get_hp_fragment_address()
+        return flat, address.start, mapping.lp_fragment_address.start, address.numel
+
+    def _create_moments(self) -> None:
+        """AdamW makes its state at its first step; a save or load before that needs it too."""
+        if self.stage == 3:
+            flats = list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
+        else:
+            flats = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for flat in flats:
+            state = self.optimizer.state[flat]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+                state |= {kind: torch.zeros_like(flat) for kind in MOMENTS}
+
+    def _refresh_frequencies(self) -> None:
+        """Give LRPE its fp32 master where the parameter itself is kept in bf16."""
+        if self.stage == 0 or self.config.engine.precision == "fp32":
+            return
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for module in self.model.modules():
+            if isinstance(module, LRPE):
+                module.theta_fp32 = safe_get_full_fp32_param(module.theta).view(module.shape)
+
+    def close(self) -> None:
+        """Free DeepSpeed's hooks and buffers."""
+        self.deepspeed.destroy()
+
+
+def deepspeed_config(config: TrainConfig, micro_batch_size: int, accumulation_steps: int) -> dict:
+    """DeepSpeed's dictionary, written from our settings: no second file, and no "auto" in it."""
+    engine = config.engine
+    zero = {"stage": engine.zero_stage}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if engine.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    settings = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "zero_optimization": zero,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if engine.zero_stage > 0:
+        settings["gradient_clipping"] = config.optim.grad_clip
+        settings["bf16"] = {"enabled": engine.precision == "bf16"}
+    return settings

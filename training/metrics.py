@@ -1,0 +1,174 @@
+"""What a run says: metrics.jsonl, train.log, a progress bar, and Weights & Biases if asked for.
+
+metrics.jsonl is the record: one JSON object a line, floats at full precision, one line per logged step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from data.files import explain_write_errors
+from training.config import TrainConfig, to_dict
+
+# Dense bf16 peaks in FLOP/s from the vendors' data sheets; a device that is not here has no MFU.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak dense bf16 rate of the device in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process has held so far, in GiB: of the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class MetricsFile:
+    """metrics.jsonl. Opening it at a step drops what a later, lost part of the run had written."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
+        with explain_write_errors(path):
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(temporary, path)
+            self._file = open(path, "a")  # noqa: SIM115 (open for the run)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line; non-finite floats become null, since JSON has none."""
+        line = {key: None if _is_non_finite(value) else value for key, value in values.items()}
+        with explain_write_errors(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Make all lines durable; called before a checkpoint refers to them."""
+        with explain_write_errors(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for text in path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+    return lines
+
+
+def _is_non_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+class Console:
+    """The run's voice on the first rank: a live bar or plain lines off a terminal; and train.log."""
+
+    def __init__(self, log_path: Path | None, total_steps: int, first_step: int) -> None:
+        self._log = open(log_path, "a") if log_path else None  # noqa: SIM115 (open for the run)
+        self._bar = None
+        if log_path and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=True
+            )
+
+    def say(self, text: str) -> None:
+        """One line to the screen and to train.log."""
+        if self._log is None:
+            return
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._log.flush()
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step`."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def show(self, line: dict[str, Any], total_steps: int, eta_seconds: float) -> None:
+        """A logged step: in the bar's tail on a terminal, as a line elsewhere."""
+        mfu = f"  MFU {line['mfu']:.1%}" if line["mfu"] is not None else ""
+        speed = f"{line['tokens_per_second']:,.0f} tokens/s{mfu}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {line['loss']:.4f}  {speed}")
+            self._log.write(json.dumps(line) + "\n")
+            return
+        self.say(
+            f"step {line['step']}/{total_steps}  loss {line['loss']:.4f}  grad norm {line['grad_norm']:.3f}  "
+            f"lr {line['lr']:.2e}  {speed}  {line['peak_memory_gib']:.1f} GiB  "
+            f"{duration(eta_seconds)} left"
+        )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._log is not None:
+            self._log.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class WandbRun:
+    """Weights & Biases: the same lines as metrics.jsonl, in one run across resumes; offline without a key."""
+
+    def __init__(self, config: TrainConfig, run_id: str) -> None:
+        import wandb
+
+        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        self._run = wandb.init(
+            project=config.wandb.project,
+            name=config.wandb.name or Path(config.run_dir).name,
+            id=run_id,
+            resume="allow",
+            mode=mode,
+            dir=config.run_dir,
+            config=to_dict(config),
+        )
+
+    def write(self, values: dict[str, Any]) -> None:
+        self._run.log(values, step=values["step"])
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,99 @@
+"""Optimizer, its parameter groups, and the learning-rate schedule.
+
+A schedule is a pure function of the step, so nothing of it needs saving.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from training.errors import SettingError
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019); one learning rate for all parameters."""
+
+    name: str = "adamw"
+    lr: float = 1e-3  # peak
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices; norms and LRPE's frequencies have none
+    grad_clip: float = 1.0  # largest global gradient norm; 0 switches clipping off
+
+    def __post_init__(self) -> None:
+        if self.name != "adamw":
+            raise SettingError(f"optim.name={self.name!r} is unknown. Allowed: adamw.")
+        for key in ("lr", "eps"):
+            if not getattr(self, key) > 0:
+                raise SettingError(f"optim.{key}={getattr(self, key)} must be above 0.")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise SettingError(f"optim.{key}={getattr(self, key)} must be at least 0 and below 1.")
+        for key in ("weight_decay", "grad_clip"):
+            if getattr(self, key) < 0:
+                raise SettingError(f"optim.{key}={getattr(self, key)} must not be negative.")
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleConfig:
+    """Learning rate over steps: linear warm-up, then cosine, constant, or warm-up–stable–decay (wsd)."""
+
+    name: str = "cosine"
+    warmup_steps: int = 1000  # capped at a tenth of max_steps
+    total_steps: int | None = None  # length of the shape; null takes max_steps of the first start
+    min_lr_ratio: float = 0.1  # the last learning rate, as a share of the peak
+    decay_fraction: float = 0.2  # wsd: share of the steps that decays
+
+    def __post_init__(self) -> None:
+        if self.name not in ("cosine", "wsd", "constant"):
+            raise SettingError(f"schedule.name={self.name!r} is unknown. Allowed: cosine, wsd, constant.")
+        if self.warmup_steps < 0:
+            raise SettingError(f"schedule.warmup_steps={self.warmup_steps} must not be negative.")
+        if self.total_steps is not None and self.total_steps < 1:
+            raise SettingError(f"schedule.total_steps={self.total_steps} must be at least 1, or null.")
+        for key in ("min_lr_ratio", "decay_fraction"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise SettingError(f"schedule.{key}={getattr(self, key)} must lie between 0 and 1.")
+
+
+def lr_factor(config: ScheduleConfig, step: int) -> float:
+    """Share of the peak learning rate at `step` (from 0). `config.total_steps` must be set."""
+    total = config.total_steps
+    warmup = min(config.warmup_steps, total // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.name == "constant":
+        return 1.0
+    decay_steps = total - warmup if config.name == "cosine" else round(config.decay_fraction * total)
+    progress = min(max(step - (total - decay_steps), 0) / max(decay_steps, 1), 1.0)
+    if config.name == "cosine":
+        shape = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        shape = 1 - progress
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices with weight decay; vectors and LRPE's frequencies (shape (H, 1, d)) without."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer over the model's parameters; the loop sets the learning rate before every step."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )

@@ -1,0 +1,84 @@
+"""A run's folder: its files, and the lock that lets one process group train in it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+from pathlib import Path
+
+from data.files import explain_write_errors
+from training.errors import SettingError
+
+
+class RunFolder:
+    """outputs/<run>/ and the names in it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.log = self.path / "train.log"
+        self.samples = self.path / "samples.jsonl"
+        self.plots = self.path / "plots"
+        self.report = self.path / "report.md"
+        self.checkpoints = self.path / "checkpoints"
+        self.evaluations = self.path / "eval"
+        self._lock: int | None = None
+
+    def holds_run(self) -> bool:
+        """Whether a run has been started here."""
+        return self.config.exists() or self.metrics.exists() or self.checkpoints.exists()
+
+    def prepare(self, resume: str, overwrite: bool) -> None:
+        """Create the folder, or with `overwrite` empty it; refuse what `resume` forbids, moving nothing.
+
+        Raises:
+            SettingError: resume=never on a run, or resume=must without one.
+        """
+        if resume == "must" and not self.checkpoints.is_dir():
+            raise SettingError(
+                f"resume=must, but {self.path} holds no checkpoint. Use resume=auto to start one."
+            )
+        if resume == "never" and self.holds_run():
+            if not overwrite:
+                raise SettingError(
+                    f"resume=never, but {self.path} holds a run. "
+                    "Choose another run_dir, or add overwrite=true to delete that run."
+                )
+            for entry in (self.config, self.metrics, self.log, self.samples, self.report):
+                entry.unlink(missing_ok=True)
+            for entry in (self.plots, self.checkpoints, self.evaluations):
+                shutil.rmtree(entry, ignore_errors=True)
+        with explain_write_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+
+    def lock(self) -> None:
+        """Hold run.lock until this process ends; the kernel frees a dead holder's lock at once.
+
+        Raises:
+            SettingError: another process holds it; the text says which.
+        """
+        with explain_write_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise SettingError(
+                f"run_dir={self.path} is being trained by {holder or 'another process'}. "
+                "Wait for it, stop it, or choose another run_dir."
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._lock = descriptor
+
+    def unlock(self) -> None:
+        """Let others train here."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None

@@ -1,0 +1,151 @@
+"""Trained models from files: a run folder, one checkpoint, a glob of them, or a Hugging Face export."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import Tokenizer, load_tokenizer
+from models.config import ModelConfig
+from models.transnormer import TransNormer
+from training.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    list_checkpoints,
+    newest_checkpoint,
+    open_checkpoint,
+)
+from training.config import load_saved_config, model_config_from
+from training.run_folder import RunFolder
+
+
+@dataclass(slots=True)
+class TrainedModel:
+    """A model that can be scored, sampled, exported or trained on.
+
+    Attributes:
+        path: the checkpoint or export it came from.
+        run_dir: the run folder around it, if it lies in one.
+        step: optimizer steps; None for an export.
+        settings: the saved settings of its run (config.yaml).
+        hash: equal for equal weights and settings.
+    """
+
+    model: TransNormer
+    tokenizer: Tokenizer
+    path: Path
+    run_dir: Path | None
+    step: int | None
+    tokens: int | None
+    settings: dict
+    hash: str
+
+
+def find_models(spec: str, log: Callable[[str], None] = print) -> list[Path]:
+    """Folders that `checkpoint=` names: a run's newest valid checkpoint, a checkpoint, an export, or a glob.
+
+    Raises:
+        CheckpointError: nothing there that can be loaded.
+    """
+    if any(mark in spec for mark in "*?["):
+        paths = sorted(Path(path) for path in glob.glob(spec))
+        if not paths:
+            raise CheckpointError(f"checkpoint={spec}: no file or folder matches.")
+        return [found for path in paths if path.is_dir() for found in find_models(str(path), log)]
+    path = Path(spec)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"checkpoint={spec}: no such folder. Give a run folder, a checkpoint or an export."
+        )
+    run = RunFolder(path)
+    if run.checkpoints.is_dir():
+        newest = newest_checkpoint(run.checkpoints, log)
+        if newest is None:
+            found = len(list_checkpoints(run.checkpoints))
+            raise CheckpointError(
+                f"checkpoint={spec}: none of its {found} checkpoints is complete and undamaged."
+            )
+        return [newest.folder]
+    if (path / MANIFEST).exists() or (path / "state.json").exists():
+        return [path]
+    raise CheckpointError(f"checkpoint={spec}: neither a run folder nor a checkpoint nor an export.")
+
+
+def load_model(path: Path, device: torch.device | str = "cpu", precision: str | None = None) -> TrainedModel:
+    """Load a checkpoint's fp32 master weights for inference, in eval mode.
+
+    Args:
+        precision: "bf16" or "fp32"; None takes what the run was trained in. LRPE's frequencies stay fp32.
+
+    Raises:
+        CheckpointError: damaged, or of another model than its settings say.
+    """
+    checkpoint = open_checkpoint(path)
+    settings = load_saved_config(path / "config.yaml")
+    config = model_config_from(settings, path / "config.yaml")
+    model = build_model(config, checkpoint.weights(), path)
+    precision = precision or settings["engine"]["precision"]
+    model.to(device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32).eval()
+    run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
+    return TrainedModel(
+        model=model,
+        tokenizer=load_tokenizer(path / "tokenizer"),
+        path=path,
+        run_dir=run_dir,
+        step=checkpoint.step,
+        tokens=checkpoint.state()["tokens"],
+        settings=settings,
+        hash=checkpoint.hash,
+    )
+
+
+def build_model(config: ModelConfig, weights: dict[str, torch.Tensor], where: Path) -> TransNormer:
+    """A model with these weights, fp32 on the CPU.
+
+    Raises:
+        CheckpointError: names keys and shapes that don't fit the settings.
+    """
+    model = TransNormer(config)
+    check_weights(model, {name: tuple(tensor.shape) for name, tensor in weights.items()}, where)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    return model
+
+
+def check_weights(model: TransNormer, shapes: dict[str, tuple[int, ...]], where: Path) -> None:
+    """Refuse weights that are missing, unknown or of another shape than the model's."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    problems = [f"{name} is missing" for name in expected if name not in shapes]
+    problems += [f"{name} is unknown" for name in shapes if name not in expected]
+    problems += [
+        f"{name} is {shapes[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise CheckpointError(f"{where} does not fit the model: {shown}.")
+
+
+def load_initial_weights(model: TransNormer, spec: str, tokenizer: Tokenizer) -> None:
+    """Start a run from trained weights (`init_from=`); the tokenizer must be theirs.
+
+    Raises:
+        CheckpointError: another architecture, or another tokenizer.
+    """
+    source = find_models(spec)[-1]
+    trained = load_model(source, precision="fp32")
+    if trained.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"init_from={spec} has another tokenizer: use tokenizer=file tokenizer.path={source}/tokenizer."
+        )
+    weights = dict(trained.model.named_parameters())
+    check_weights(model, {name: tuple(weight.shape) for name, weight in weights.items()}, source)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
