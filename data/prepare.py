@@ -202,8 +202,8 @@ def _build(folder: Path, plan: _Plan, log: Log) -> None:
         for split in SPLITS:
             writers[split] = ShardWriter(work, split, dtype_name, plan.data.shard_bytes)
         _write_documents(plan, chosen, writers, log)
+        _check_counts(writers, plan)
         splits = {split: writer.finish() for split, writer in writers.items()}
-        _check_counts(splits, plan)
         for writer in writers.values():
             writer.remove_notes()
         values = {
@@ -219,7 +219,9 @@ def _build(folder: Path, plan: _Plan, log: Log) -> None:
     except BaseException:
         for writer in writers.values():
             writer.close()
-        if not any(writer.notes for writer in writers.values()):
+        if num_shards := sum(len(writer.notes) for writer in writers.values()):
+            log(f"{num_shards} finished shards stay in {work}: the same command goes on after them")
+        else:
             shutil.rmtree(work, ignore_errors=True)
         raise
     os.replace(work, folder)
@@ -228,12 +230,12 @@ def _build(folder: Path, plan: _Plan, log: Log) -> None:
     log(f"prepared {plan.name} in {time.monotonic() - started:.1f} s: {counts}, in {folder}")
 
 
-def _check_counts(splits: dict[str, dict], plan: _Plan) -> None:
-    if not any(entry["documents"] for entry in splits.values()):
+def _check_counts(writers: dict[str, ShardWriter], plan: _Plan) -> None:
+    if not any(writer.documents for writer in writers.values()):
         raise DataError(
             f"data={plan.data.source}: no document with any text in {plan.data.path or plan.name}"
         )
-    if not splits["valid"]["documents"] and (plan.valid_source or plan.data.valid_fraction > 0.0):
+    if not writers["valid"].documents and (plan.valid_source or plan.data.valid_fraction > 0.0):
         raise DataError(
             f"data.valid_fraction={plan.data.valid_fraction} leaves no validation document:"
             f" raise it, or give data.valid_path=FILE"

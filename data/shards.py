@@ -8,6 +8,7 @@ and the tokenizer's files, and `manifest.json`, written last, with the size and 
 File names follow from the split and the number of a shard; none is ever taken from a manifest.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -186,7 +187,8 @@ class ShardWriter:
     def close(self) -> None:
         """Leave only complete shards behind."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk: what could not be written is not wanted either
+                self._file.close()
             self._file = None
         for path in self.folder.glob(f"{self.split}*{TEMPORARY_SUFFIX}"):
             path.unlink()

@@ -132,8 +132,8 @@ def test_wide_vocabulary_takes_four_bytes(data, monkeypatch, lines):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ([], "no text in"),
-        ([""], "no text in"),
+        ([], "no document with any text in"),
+        ([""], "no document with any text in"),
         (["same"] * 3, r"data\.valid_fraction=0\.2 leaves no validation"),
     ],
 )
@@ -159,7 +159,7 @@ def test_output_folder_is_never_overwritten(data, tmp_path, lines):
     output = tmp_path / "output"
     output.mkdir()
     (output / "precious.txt").write_text("mine")
-    with pytest.raises(DataError, match="holds something else"):
+    with pytest.raises(DataError, match="nothing is overwritten"):
         prepare_folder(output, data, BYTES, log=lines.append)
     assert os.listdir(output) == ["precious.txt"]
     shutil.rmtree(output)
@@ -265,7 +265,8 @@ def test_full_disk_is_named_and_leaves_no_temporary_file(data, lines):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limits[1]))
             with pytest.raises(DataError, match="no space left"):
                 prepare(data, BYTES, log=lines.append)
-            assert os.listdir(data.cache_dir) == []
+            assert not [name for _, _, names in os.walk(data.cache_dir) for name in names if ".tmp" in name]
+            assert lines[-1].startswith("1 finished") or not os.listdir(data.cache_dir)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert prepare(data, BYTES, log=lines.append).train.documents > 0
@@ -316,13 +317,6 @@ def flip_bit(path):
     path.write_bytes(content)
 
 
-def swap(path):
-    other = path.with_name("train-00001.tokens")
-    content = path.read_bytes()
-    path.write_bytes(other.read_bytes())
-    other.write_bytes(content)
-
-
 def append(path):
     with open(path, "ab") as file:
         file.write(b"\0\0")
@@ -345,12 +339,12 @@ def truncate(path):
 FILES = ["train-00000.tokens", "valid-00000.tokens", "train.documents", "tokenizer.model"]
 
 
-@pytest.mark.parametrize("damage", [flip_bit, truncate, append, zero_page, link, swap, os.remove])
+@pytest.mark.parametrize("damage", [flip_bit, truncate, append, zero_page, link, os.remove])
 @pytest.mark.parametrize("name", FILES)
 def test_damage_is_found_and_named(folder, damage, name):
     assert open_folder(folder).train.documents > 0
     damage(folder / name)
-    with pytest.raises(DataError, match=name.replace("00000", "0000[01]")):
+    with pytest.raises(DataError, match=name):
         open_folder(folder)
 
 
@@ -361,6 +355,19 @@ def test_quick_check_finds_wrong_sizes(folder, damage, name):
     damage(folder / name)
     with pytest.raises(DataError, match=name):
         open_folder(folder, verify="quick")
+
+
+def test_swapped_shards_are_found(data, tmp_path, lines):
+    text = "x" * 3_000
+    path = write_corpus(tmp_path / "even", [f"{i:4d}{text}" for i in range(20)])
+    folder = prepare(replace(data, path=str(path), shard_bytes=1), BYTES, log=lines.append).folder
+    first, second, other = (folder / f"train-0000{i}.tokens" for i in range(3))
+    first.rename(other.with_suffix(".moved"))
+    second.rename(first)
+    other.with_suffix(".moved").rename(second)
+    assert open_folder(folder, verify="quick").train.documents > 3
+    with pytest.raises(DataError, match="train-00000"):
+        open_folder(folder)
 
 
 def test_added_shard_is_found(folder):
