@@ -122,11 +122,14 @@ class TrainLoader:
             ends = self._ends_after(start)  # in [1, L]
             targets[row, ends - 1] = IGNORED_TARGET
             is_boundary[row * L + ends] = True
-        tokens, targets = torch.from_numpy(tokens), torch.from_numpy(targets)
         if not self.isolate_documents:
-            return Batch(tokens, targets, None)
-        cu_seqlens = torch.from_numpy(np.flatnonzero(is_boundary).astype(np.int32))
-        return Batch(tokens.view(1, M * L), targets.view(1, M * L), cu_seqlens)
+            return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), None)
+        cu_seqlens = np.flatnonzero(is_boundary).astype(np.int32)
+        return Batch(
+            torch.from_numpy(tokens.reshape(1, M * L)),
+            torch.from_numpy(targets.reshape(1, M * L)),
+            torch.from_numpy(cu_seqlens),
+        )
 
 
 def epoch_keys(seed: int, epoch: int) -> np.ndarray:

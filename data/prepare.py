@@ -63,6 +63,7 @@ class PreparedData:
 def prepare(data: DataConfig, tokenizer_config: TokenizerConfig, *, log: Log = print) -> PreparedData:
     """Prepare what the settings name in `data.cache_dir`, unless it is there, and open it."""
     if data.source == "prepared":
+        assert data.path is not None
         return open_prepared(Path(data.path), data, tokenizer_config)
     plan = _plan(data, tokenizer_config)
     folder = Path(data.cache_dir) / f"{plan.name}-{plan.key[:16]}"
@@ -94,6 +95,7 @@ def open_prepared(
             f"{folder}: its tokenizer is not the one of its {MANIFEST_FILE}, prepare the data again"
         )
     if tokenizer_config.kind == "file":
+        assert tokenizer_config.path is not None
         asked = load_tokenizer(tokenizer_config.path)
         if asked.fingerprint != loaded.fingerprint:
             raise DataError(
@@ -125,9 +127,10 @@ class _Plan:
 
 def _plan(data: DataConfig, tokenizer_config: TokenizerConfig) -> _Plan:
     source, valid_source = sources.open_source(data), sources.open_valid_source(data)
-    fixed_tokenizer = None
+    fixed_tokenizer: Tokenizer | None = None
     tokenizer_settings: dict = {"kind": tokenizer_config.kind}
     if tokenizer_config.kind == "file":
+        assert tokenizer_config.path is not None
         fixed_tokenizer = load_tokenizer(tokenizer_config.path)
         tokenizer_settings["fingerprint"] = fixed_tokenizer.fingerprint
     elif tokenizer_config.kind == "bytes":
@@ -254,8 +257,8 @@ def _make_tokenizer(work: Path, plan: _Plan, log: Log) -> Tokenizer:
 def train_tokenizer(source: Source, data: DataConfig, config: TokenizerConfig, log: Log) -> Tokenizer:
     """Train a sentencepiece or characters tokenizer on the training documents of a source."""
     if config.kind == "characters":
-        texts = (document.text for split, document in _documents(source, None, data) if split == "train")
-        return tokenizer.train_characters(texts)
+        documents = _documents(source, None, data)
+        return tokenizer.train_characters(document.text for split, document in documents if split == "train")
     started = time.monotonic()
     texts = sources.sample_documents(source, data, config.training_bytes)
     first = next(texts, None)

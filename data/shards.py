@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -36,8 +37,8 @@ MANIFEST_FILE = "manifest.json"
 FORMAT = "token-shards"
 VERSION = 1
 SPLITS = ("train", "valid")
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-INDEX_DTYPE = np.dtype("<i8")
+DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+INDEX_DTYPE: np.dtype = np.dtype("<i8")
 MAX_MANIFEST_BYTES = 32 * 2**20
 MAX_COUNT = 2**48
 
@@ -116,8 +117,8 @@ class ShardWriter:
         self.folder, self.split = folder, split
         self._dtype = DTYPES[dtype_name]
         self._shard_bytes = shard_bytes
-        self._file = None
-        self.notes = []  # of the complete shards: {"documents", "tokens", "size", "sha256"}
+        self._file: BinaryIO | None = None
+        self.notes: list[dict] = []  # of the complete shards: {"documents", "tokens", "size", "sha256"}
         self.close()
         while (note := self._read_note()) is not None:
             self.notes.append(note)
@@ -149,6 +150,7 @@ class ShardWriter:
             self._complete_shard()
 
     def _complete_shard(self) -> None:
+        assert self._file is not None
         lengths = np.array(self._lengths, INDEX_DTYPE)
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -170,11 +172,11 @@ class ShardWriter:
         """Complete the last shard, write the index, and return the split's entry of the manifest."""
         if self._file is not None:
             self._complete_shard()
-        lengths = [
+        lengths_of_shards = [
             np.fromfile(self.folder / f"{tokens_file(self.split, shard)}.lengths", INDEX_DTYPE)
             for shard in range(len(self.notes))
         ]
-        lengths = np.concatenate([np.empty(0, INDEX_DTYPE), *lengths]).reshape(-1, 2)
+        lengths = np.concatenate([np.empty(0, INDEX_DTYPE), *lengths_of_shards]).reshape(-1, 2)
         ends = np.cumsum(lengths, axis=0).T  # (2, documents)
         write_atomically(self.folder / documents_file(self.split), ends.astype(INDEX_DTYPE).tobytes())
         return {
@@ -309,19 +311,17 @@ class _Checker:
         return value
 
     def split(self, entry: dict) -> dict:
-        shard_tokens = self._get("shard_tokens", entry, list)
-        checked = {key: self.count(key, entry) for key in ("documents", "tokens", "bytes")}
-        checked["shard_tokens"] = [
-            self.count("shard_tokens", {"shard_tokens": value}) for value in shard_tokens
-        ]
-        if sum(shard_tokens) != checked["tokens"]:
+        values = self._get("shard_tokens", entry, list)
+        shard_tokens = [self.count("shard_tokens", {"shard_tokens": value}) for value in values]
+        counts = {key: self.count(key, entry) for key in ("documents", "tokens", "bytes")}
+        if sum(shard_tokens) != counts["tokens"]:
             raise DataError(f"{self.path}: the tokens of the shards don't add up to those of their split")
-        return checked
+        return {**counts, "shard_tokens": shard_tokens}
 
     def file(self, name: str, entry: object) -> dict:
         check_plain_name(name, str(self.path))
-        entry = self.dictionary(name, {name: entry})
-        return {"size": self.count("size", entry), "sha256": self.text("sha256", entry)}
+        values = self.dictionary(name, {name: entry})
+        return {"size": self.count("size", values), "sha256": self.text("sha256", values)}
 
 
 def check_files(folder: Path, manifest: Manifest, verify: str) -> None:

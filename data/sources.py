@@ -17,7 +17,7 @@ import platform
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from data.config import DataConfig
 from data.errors import DataError
@@ -56,6 +56,7 @@ def open_source(config: DataConfig) -> Source:
     if config.source == "python_stdlib":
         source = _open_stdlib(config.include_tests)
     elif config.source == "text":
+        assert config.path is not None
         source = open_text(config.path, config.text_field, "data.path")
     else:
         source = _open_hub(config, config.hub_split)
@@ -119,7 +120,7 @@ def read_file(path: Path, text_field: str) -> Iterator[Document]:
         raise DataError(f"{path} can't be read: {error}") from error
 
 
-def _open_binary(path: Path) -> BinaryIO:
+def _open_binary(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".xz":

@@ -418,7 +418,7 @@ def _load_saved(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _load_huggingface(folder: Path) -> HuggingFaceTokenizer:
+def _load_huggingface(folder: Path) -> Tokenizer:
     model_path = folder / HuggingFaceTokenizer.file_name
     tokens: dict[str, str | None] = {"bos_token": None, "eos_token": None}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
