@@ -11,6 +11,8 @@ rank owns. Checkpoints are written and read through them, whatever the stage and
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -95,12 +97,13 @@ class Engine:
             for p in model.parameters():
                 p.data = p.data.bfloat16()
         optimizer = build_optimizer(model, config.optim)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config, micro_batch_size, accumulation_steps),
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # memory reports that DeepSpeed prints regardless
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=deepspeed_config(config, micro_batch_size, accumulation_steps),
+                dist_init_required=False,
+            )
         self.model: TransNormer = self.deepspeed.module
         self.optimizer = optimizer
         self.num_steps = 0  # optimizer steps that were not skipped

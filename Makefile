@@ -1,0 +1,44 @@
+# make demo   raw text to perplexity in one command
+# make test   the whole test suite
+# make check  style and types
+# Each sets up .venv first; PYTHON names the interpreter to make it with (3.11 or 3.12).
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := outputs/demo
+
+.PHONY: demo test check clean
+.DEFAULT_GOAL := demo
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+	  || { echo "error: $$($(PYTHON) --version) is not supported: use Python 3.11 or 3.12, as make PYTHON=python3.11" >&2; exit 2; }
+	@echo "setting up .venv (once; a few minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# On a GPU machine every GPU trains; elsewhere up to two CPU ranks of one thread each.
+ifeq ($(shell nvidia-smi -L 2>/dev/null),)
+RANKS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 2 ] && n=2; echo $$n)
+LAUNCH := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_accelerators $(RANKS)
+else
+LAUNCH := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed
+endif
+
+demo: .venv/installed
+	$(LAUNCH) train.py experiment=demo run_dir=$(DEMO)
+	$(BIN)/python eval.py checkpoint=$(DEMO) seq_lens=[128,512,2048]
+	$(BIN)/python -m scripts.generate checkpoint=$(DEMO) prompt="def " max_tokens=200
+	$(BIN)/python -m scripts.report run_dir=$(DEMO)
+
+test: .venv/installed
+	@$(BIN)/python -m pytest
+
+check: .venv/installed
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf .venv .cache outputs
