@@ -108,7 +108,8 @@ def open_prepared(
             f" tokenizer={loaded.kind}: leave the setting out or prepare the data again"
         )
     train, valid = (open_split(folder, manifest, split) for split in SPLITS)
-    return PreparedData(manifest.name, folder, train, valid, loaded, manifest.fingerprint)
+    name = _label(data) if data.name else manifest.name
+    return PreparedData(name, folder, train, valid, loaded, manifest.fingerprint)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ from data.errors import DataError
 COMPRESSIONS = (".gz", ".xz", ".zst")
 TEXT_FORMATS = (".txt", ".jsonl", ".parquet")
 SUFFIXES = (*TEXT_FORMATS, *(f + c for f in (".txt", ".jsonl") for c in COMPRESSIONS))
-MAX_LINE_BYTES = 128 * 2**20  # of one line of .jsonl and of one compressed .txt: no archive fills the memory
+MAX_LINE_BYTES = 32 * 2**20  # of a line of .jsonl, so that no archive fills the memory
+MAX_EXPANSION = 100  # a compressed .txt of more than MAX_LINE_BYTES is at most so many times its file
 STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "__pycache__"})
 STDLIB_TESTS = frozenset({"test", "tests", "idle_test"})
 PEEKED_DOCUMENTS = 1_000
@@ -155,10 +156,12 @@ class _ZstandardReader(io.RawIOBase):
 
 
 def _read_text(path: Path) -> Iterator[Document]:
-    with _open_binary(path) as file:
-        content = file.read(MAX_LINE_BYTES + 1 if path.suffix in COMPRESSIONS else -1)
+    limit_bytes = path.stat().st_size
     if path.suffix in COMPRESSIONS:
-        _check_length(content, path)
+        limit_bytes = max(MAX_LINE_BYTES, MAX_EXPANSION * limit_bytes)
+    with _open_binary(path) as file:
+        content = file.read(limit_bytes + 1)
+    _check_length(content, path, limit_bytes)
     yield Document(_decode(content, path, 0), str(path))
 
 
@@ -169,7 +172,7 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
             line = file.readline(MAX_LINE_BYTES + 1)
             if not line:
                 return
-            _check_length(line, path)
+            _check_length(line, path, MAX_LINE_BYTES)
             if line.strip():
                 yield Document(_text_of_line(line, path, number, offset, text_field), f"{path}:{number}")
             offset += len(line)
@@ -221,9 +224,9 @@ def _check_text(text: object, where: str, text_field: str) -> str:
     return text
 
 
-def _check_length(content: bytes, path: Path) -> None:
-    if len(content) > MAX_LINE_BYTES:
-        raise DataError(f"{path} holds a line or compressed text of over {MAX_LINE_BYTES} bytes: cut it up")
+def _check_length(content: bytes, path: Path, limit_bytes: int) -> None:
+    if len(content) > limit_bytes:
+        raise DataError(f"{path} holds a line or compressed text of over {limit_bytes} bytes: cut it up")
 
 
 def _decode(content: bytes, path: Path, offset: int) -> str:

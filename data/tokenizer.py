@@ -437,7 +437,9 @@ def _load_huggingface(folder: Path) -> Tokenizer:
 def _build(path: Path, tokenizer_class, *arguments) -> Tokenizer:
     try:
         return tokenizer_class(*arguments)
-    except Exception as error:  # the libraries raise bare Exception, RuntimeError and ValueError alike
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the libraries raise anything, and a panic in Rust is no Exception
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise DataError(f"{path} is no tokenizer that can be used: {reason}") from None
 

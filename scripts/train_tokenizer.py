@@ -30,9 +30,8 @@ def main(config: PrepareConfig) -> None:
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         trained.save(folder)
-    print(
-        f"saved {trained.kind}, {trained.vocab_size:,} ids: use it with tokenizer=file tokenizer.path={folder}"
-    )
+    print(f"saved {trained.kind}, {trained.vocab_size:,} ids")
+    print(f"use it with: tokenizer=file tokenizer.path={folder}")
 
 
 if __name__ == "__main__":

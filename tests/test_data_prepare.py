@@ -83,6 +83,8 @@ def test_every_text_is_stored_once(data, tokenizer, lines):
     assert prepared.train.bytes == sum(len(text.encode()) for text in train)
     assert len(list(prepared.folder.glob("train-*.tokens"))) > 3
     assert prepared.name == "corpus"
+    assert open_folder(prepared.folder).name == "corpus"
+    assert open_folder(prepared.folder, name="../my label").name == "my_label"
 
 
 def test_second_call_opens_what_is_there(data, lines, monkeypatch):

@@ -109,6 +109,14 @@ def test_archive_bombs_are_refused(tmp_path, monkeypatch, suffix, kind):
         list(read_file(path, "text"))
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_long_compressed_text_is_read(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 10_000)
+    text = random.Random(0).randbytes(20_000).hex()
+    (tmp_path / f"a.txt{suffix}").write_bytes(COMPRESS[suffix](text.encode()))
+    assert read_texts(tmp_path) == [text]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

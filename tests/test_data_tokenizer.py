@@ -222,6 +222,15 @@ def test_huge_id_is_refused(tmp_path):
         load_tokenizer(folder)
 
 
+def test_panic_of_the_library_is_an_error(tmp_path):
+    folder = huggingface_folder(tmp_path / "hf")
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"]["continuing_subword_prefix"] = "longer than any merge"
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match="is no tokenizer that can be used"):
+        load_tokenizer(folder)
+
+
 def test_missing_tokenizers_are_named(tmp_path):
     with pytest.raises(DataError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
