@@ -1,2 +1,337 @@
-def write_report(folder):
-    pass
+"""A run that explains itself: report.md and plots/*.png out of what its folder holds.
+
+In: config.yaml, metrics.jsonl, samples.jsonl, eval/*.json; any of them may be missing.
+Out: report.md, which embeds the plots by relative path.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data.files import explain_write_errors, write_atomically
+from training import plots
+from training.config import CONFIG_DIR, TrainConfig, compose, flatten, load_saved_config, model_config_from
+from training.errors import USER_ERRORS
+from training.metrics import read_metrics
+from training.run_folder import RunFolder
+
+SHOWN_SAMPLES = 3
+MAIN_SETTINGS = (
+    "seed",
+    "seq_len",
+    "batch_tokens",
+    "max_steps",
+    "optim.lr",
+    "schedule.name",
+    "data.source",
+    "data.path",
+    "tokenizer.kind",
+    "engine.zero_stage",
+    "engine.precision",
+)
+
+
+def write_report(folder: RunFolder) -> None:
+    """Write report.md and the plots of a run, replacing earlier ones.
+
+    Raises:
+        SettingError: config.yaml is there but can't be read.
+        DataError: the folder can't be written.
+    """
+    config = load_saved_config(folder.config) if folder.config.exists() else {}
+    metrics = read_metrics(folder.metrics)
+    evaluations, unreadable = read_evaluations(folder)
+    samples = _read_samples(folder.samples)
+    drawn = draw_metrics(folder, metrics) + draw_evaluations(folder, evaluations, config.get("seq_len"))
+    sections = [
+        f"# {folder.path.resolve().name}",
+        _summary(config, metrics),
+        _figures(metrics),
+        _settings(config),
+        _plots(folder, drawn),
+        _evaluations(evaluations, unreadable),
+        _samples(samples),
+        _next_steps(folder, config),
+    ]
+    with explain_write_errors(folder.path):
+        write_atomically(folder.report, "\n\n".join(filter(None, sections)).encode() + b"\n")
+
+
+def read_evaluations(folder: RunFolder) -> tuple[list[dict[str, Any]], list[str]]:
+    """The contents of eval/*.json in order of names (that of steps), and the names of unreadable files."""
+    evaluations, unreadable = [], []
+    for path in sorted(folder.evaluations.glob("*.json")):
+        try:
+            evaluation = json.loads(path.read_text())
+            complete = all({"seq_len", "window", "loss"} <= result.keys() for result in evaluation["results"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            complete = False
+        if complete:
+            evaluations.append(evaluation)
+        else:
+            unreadable.append(path.name)
+    return evaluations, unreadable
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    """Lines of samples.jsonl; one that a crash cut short is left out."""
+    return [line for line in read_metrics(path) if isinstance(line.get("text"), str)]
+
+
+def draw_metrics(folder: RunFolder, metrics: list[dict[str, Any]]) -> list[Path]:
+    """Plot the training curves that the metrics hold; returns the files."""
+    drawn = []
+    loss, valid = _series(metrics, "loss", "training"), _series(metrics, "valid_loss", "validation")
+    if loss[1]:
+        drawn.append(folder.plots / "loss.png")
+        plots.plot_loss(drawn[-1], loss, valid)
+    rate, norm = _series(metrics, "lr"), _series(metrics, "grad_norm")
+    if rate[1] and norm[1]:
+        drawn.append(folder.plots / "optimization.png")
+        plots.plot_optimization(drawn[-1], rate, norm)
+    speed = _series(metrics, "tokens_per_second")
+    if speed[1]:
+        drawn.append(folder.plots / "throughput.png")
+        plots.plot_throughput(drawn[-1], speed)
+    return drawn
+
+
+def _series(metrics: list[dict[str, Any]], key: str, label: str = "") -> plots.Line:
+    points = [(line["tokens"], line[key]) for line in metrics if line.get(key) is not None]
+    return label, [tokens for tokens, _ in points], [value for _, value in points]
+
+
+def draw_evaluations(
+    folder: RunFolder, evaluations: list[dict[str, Any]], trained_tokens: int | None
+) -> list[Path]:
+    """Plot evaluations by length and position (the last checkpoint of each data) and over tokens."""
+    newest = list({evaluation["data"]: evaluation for evaluation in evaluations}.values())
+    by_length: dict[str, list[tuple[float, float]]] = {}
+    by_position: list[plots.Line] = []
+    for evaluation in newest:
+        for result in evaluation["results"]:
+            label = f"{_checkpoint(evaluation)} on {evaluation['data']}, {result['window']}"
+            by_length.setdefault(label, []).append((result["seq_len"], result["perplexity"]))
+            positions = [(max(2 * first, 1), loss) for first, _, loss in result.get("loss_by_position", [])]
+            by_position.append((f"{label} {result['seq_len']}", *_columns(positions)))
+    over_tokens: dict[str, list[tuple[float, float]]] = {}
+    for evaluation in evaluations:
+        for result in evaluation["results"]:
+            if evaluation.get("tokens") is not None:
+                label = f"{evaluation['data']}, {result['window']} {result['seq_len']}"
+                over_tokens.setdefault(label, []).append((evaluation["tokens"], result["perplexity"]))
+    drawn = []
+    if by_length:
+        drawn += [folder.plots / "perplexity_by_length.png", folder.plots / "loss_by_position.png"]
+        lines = [(label, *_columns(points)) for label, points in by_length.items()]
+        plots.plot_perplexity_by_length(drawn[0], lines)
+        plots.plot_loss_by_position(drawn[1], by_position, trained_tokens)
+    if any(len(points) > 1 for points in over_tokens.values()):
+        drawn.append(folder.plots / "perplexity_over_tokens.png")
+        lines = [(label, *_columns(points)) for label, points in over_tokens.items()]
+        plots.plot_perplexity_over_tokens(drawn[-1], lines)
+    return drawn
+
+
+def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """(x, y) pairs as a list of x in ascending order and one of y."""
+    ordered = sorted(points)
+    return [x for x, _ in ordered], [y for _, y in ordered]
+
+
+def _checkpoint(evaluation: dict[str, Any]) -> str:
+    step = evaluation.get("step")
+    return f"step {step}" if step is not None else Path(str(evaluation.get("checkpoint"))).name
+
+
+def _summary(config: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+    """What was run, in a sentence or two."""
+    if not config and not metrics:
+        return "Nothing has been trained here yet."
+    text = "A training run"
+    if config:
+        model = model_config_from(config, Path("config.yaml"))
+        size = f", {model.num_parameters():,} parameters" if model.vocab_size else ""
+        text = f"{model.name} ({model.attention} attention{size}) on {config['data']['source']}"
+    steps = [line for line in metrics if line.get("loss") is not None]
+    if not steps:
+        return f"{text}: no step has been logged yet."
+    of_steps = f" of {config['max_steps']:,}" if config else ""
+    return f"{text}, after {steps[-1]['step']:,}{of_steps} steps and {steps[-1]['tokens']:,} tokens."
+
+
+def _figures(metrics: list[dict[str, Any]]) -> str:
+    """Table of the last values of each metric."""
+    last: dict[str, Any] = {}
+    for line in metrics:
+        last |= {key: value for key, value in line.items() if value is not None}
+    shown = (
+        ("training loss", "loss", "{:.4f} nats per token"),
+        ("validation loss", "valid_loss", "{:.4f} nats per token"),
+        ("validation perplexity", "valid_perplexity", "{:,.3f}"),
+        ("validation bits per byte", "valid_bits_per_byte", "{:.4f}"),
+        ("tokens per second", "tokens_per_second", "{:,.0f}"),
+        ("model FLOPs utilization", "mfu", "{:.1%}"),
+        ("step time", "step_ms", "{:,.1f} ms"),
+        ("peak memory of a rank", "peak_memory_gib", "{:.2f} GiB"),
+    )
+    rows = [(name, form.format(last[key])) for name, key, form in shown if key in last]
+    skipped = sum(bool(line.get("skipped")) for line in metrics)
+    if skipped:
+        rows.append(("steps skipped for a non-finite gradient", str(skipped)))
+    return "## Final figures\n\n" + markdown_table(("figure", "value"), rows) if rows else ""
+
+
+def _settings(config: dict[str, Any]) -> str:
+    flat = flatten(config)
+    rows = [(f"`{key}`", f"`{flat[key]}`") for key in MAIN_SETTINGS if flat.get(key) is not None]
+    if not rows:
+        return ""
+    return (
+        "## Settings\n\n"
+        + markdown_table(("setting", "value"), rows)
+        + "\n\nAll: [config.yaml](config.yaml)."
+    )
+
+
+def _plots(folder: RunFolder, drawn: list[Path]) -> str:
+    """The plots, by paths relative to the report."""
+    images = [
+        f"![{path.stem.replace('_', ' ')}]({path.relative_to(folder.path).as_posix()})" for path in drawn
+    ]
+    return "## Curves\n\n" + "\n\n".join(images) if images else ""
+
+
+def _evaluations(evaluations: list[dict[str, Any]], unreadable: list[str]) -> str:
+    rows = [row for evaluation in evaluations for row in evaluation_rows(evaluation)]
+    parts = ["## Evaluations", markdown_table(EVALUATION_COLUMNS, rows)] if rows else []
+    parts += [f"`eval/{name}` can't be read: run its evaluation again." for name in unreadable]
+    return "\n\n".join(parts)
+
+
+EVALUATION_COLUMNS = (
+    "checkpoint",
+    "data",
+    "seq_len",
+    "window",
+    "tokens",
+    "loss",
+    "95 % interval",
+    "perplexity",
+    "word perplexity",
+    "bits per byte",
+)
+
+
+def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The cells of a table of evaluations, one row a result, under `EVALUATION_COLUMNS`."""
+    rows = []
+    for result in evaluation["results"]:
+        low, high = result.get("loss_low"), result.get("loss_high")
+        rows.append(
+            (
+                _checkpoint(evaluation),
+                str(evaluation["data"]),
+                str(result["seq_len"]),
+                result["window"],
+                f"{result['tokens']:,}",
+                f"{result['loss']:.4f}",
+                f"{low:.4f} – {high:.4f}" if low is not None else "–",
+                _number(result["perplexity"], ",.3f"),
+                _number(result.get("word_perplexity"), ",.5g"),
+                f"{result['bits_per_byte']:.4f}",
+            )
+        )
+    return rows
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _samples(samples: list[dict[str, Any]]) -> str:
+    if not samples:
+        return ""
+    blocks = []
+    for sample in samples[-SHOWN_SAMPLES:]:
+        text = f"{sample.get('prompt', '')}{sample['text']}"
+        blocks.append(f"Step {sample['step']}:\n\n{fenced(text)}")
+    return "## Samples\n\n" + "\n\n".join(blocks)
+
+
+def fenced(text: str, language: str = "text") -> str:
+    """A fenced block whose fence is longer than any run of backticks in the text."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; bars in cells are escaped."""
+    columns = list(columns)
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _next_steps(folder: RunFolder, config: dict[str, Any]) -> str:
+    path = shlex.quote(str(folder.path))
+    prompt = shlex.quote(override("prompt", config.get("sample_prompt", "def ")))
+    ways = {
+        "Resume, or train on with a larger max_steps:": _resume_command(folder, config),
+        "Score it at other lengths, or on other text with `data=text data.path=FILE`:": (
+            f"python eval.py checkpoint={path} seq_lens=[512,2048]"
+        ),
+        "Let it write:": f"python -m scripts.generate checkpoint={path} {prompt}",
+        "Export it for Hugging Face transformers:": (
+            f"python -m scripts.export_hf checkpoint={path} output={path}-hf"
+        ),
+        "Write this report again:": f"python -m scripts.report run_dir={path}",
+    }
+    blocks = [f"{what}\n\n{fenced(command, 'sh')}" for what, command in ways.items()]
+    return "## How to go on\n\n" + "\n\n".join(blocks)
+
+
+def _resume_command(folder: RunFolder, config: dict[str, Any]) -> str:
+    """The command that goes on with a run: its groups, and each setting that differs from their defaults."""
+    flat = flatten(config)
+    groups = {
+        "model": flat.get("model.name"),
+        "data": flat.get("data.source"),
+        "tokenizer": flat.get("tokenizer.kind"),
+        "schedule": flat.get("schedule.name"),
+    }
+    arguments = [override("run_dir", str(folder.path))]
+    arguments += [
+        f"{group}={choice}"
+        for group, choice in groups.items()
+        if choice and (CONFIG_DIR / group / f"{choice}.yaml").exists()
+    ]
+    paths = ("data.path", "data.name", "tokenizer.path")  # what some groups can't be composed without
+    arguments += [override(key, flat[key]) for key in paths if flat.get(key)]
+    try:
+        defaults = flatten(compose(TrainConfig, arguments, "train"))
+    except USER_ERRORS:
+        arguments, defaults = arguments[:1], {}
+    adopted = ("model.vocab_size", "schedule.total_steps", "init_from")  # a resumed run keeps its own
+    arguments += [
+        override(key, value)
+        for key, value in flat.items()
+        if key in defaults and key not in adopted and value != defaults[key]
+    ]
+    return " ".join(["python train.py", *map(shlex.quote, arguments)])
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` as Hydra reads it back."""
+    if value is None or isinstance(value, bool):
+        return f"{key}={'null' if value is None else str(value).lower()}"
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9_./-]+", value):
+        quoted = value.replace("\\'", "\\\\'").replace("'", "\\'")
+        return f"{key}='{quoted}'"
+    return f"{key}={value}"

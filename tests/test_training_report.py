@@ -1,0 +1,135 @@
+"""report.md and its plots: complete from a full run folder, and made from whatever is there."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from models.config import ModelConfig
+from training.config import TrainConfig, compose, flatten, load_saved_config, save_config
+from training.report import fenced, override, write_report
+from training.run_folder import RunFolder
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def make_folder(path) -> RunFolder:
+    """A run folder with two steps, two evaluations and a sample, without any training."""
+    folder = RunFolder(path)
+    folder.evaluations.mkdir(parents=True)
+    config = compose(TrainConfig, [f"run_dir={path}", "model=tnl-tiny", "max_steps=7", "seq_len=64"], "train")
+    config.model.vocab_size = 300
+    save_config(config, folder.config)
+    lines = [
+        {"step": 1, "tokens": 64, "loss": 5.5, "grad_norm": 1.5, "lr": 0.1, "tokens_per_second": 10.0},
+        {"step": 2, "tokens": 128, "skipped": True},
+        {"step": 3, "tokens": 192, "loss": 4.25, "grad_norm": None, "lr": 0.05, "tokens_per_second": 12.0},
+        {"step": 3, "tokens": 192, "valid_loss": 4.5, "valid_perplexity": 90.0, "valid_bits_per_byte": 2.0},
+    ]
+    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+    sample = {"step": 3, "prompt": "def ", "text": "x():\n```\n# not a heading"}
+    folder.samples.write_text(json.dumps(sample) + "\n")
+    for step in (2, 3):
+        result = {
+            "seq_len": 64,
+            "window": "disjoint",
+            "tokens": 5,
+            "bytes": 9,
+            "loss": 4.0 + step,
+            "loss_low": None,
+            "loss_high": None,
+            "perplexity": 55.0,
+            "bits_per_byte": 2.5,
+            "loss_by_position": [[0, 1, 5.0], [1, 1, 4.0]],
+        }
+        evaluation = {"checkpoint": "c", "tokenizer": "t", "data": "some|text", "step": step}
+        evaluation |= {"tokens": 64 * step, "results": [result]}
+        (folder.evaluations / f"step_{step:08d}-text.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+def test_full_report(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    write_report(folder)
+    report = folder.report.read_text()
+    assert report.startswith("# run\n")
+    assert f"{ModelConfig(vocab_size=300).num_parameters():,} parameters" in report
+    assert "after 3 of 7 steps and 192 tokens" in report
+    assert "| training loss | 4.2500 nats per token |" in report
+    assert "| validation bits per byte | 2.0000 |" in report
+    assert "| steps skipped for a non-finite gradient | 1 |" in report
+    assert "| step 3 | some\\|text | 64 | disjoint | 5 | 7.0000 | – | 55.000 | – | 2.5000 |" in report
+    assert "````text\ndef x():\n```\n# not a heading\n````" in report
+    names = ["loss", "optimization", "throughput", "perplexity_by_length", "loss_by_position"]
+    for name in [*names, "perplexity_over_tokens"]:
+        assert f"](plots/{name}.png)" in report
+        assert (folder.plots / f"{name}.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "samples.jsonl", "eval"])
+def test_report_without_one_input(tmp_path, missing):
+    folder = make_folder(tmp_path / "run")
+    path = folder.path / missing
+    for file in path.glob("*") if path.is_dir() else [path]:
+        file.unlink()
+    write_report(folder)
+    report = folder.report.read_text()
+    sections = {"config.yaml": "Settings", "metrics.jsonl": "Final figures", "samples.jsonl": "Samples"}
+    for name, section in (sections | {"eval": "Evaluations"}).items():
+        assert (f"## {section}\n" in report) == (name != missing)
+
+
+def test_report_of_an_empty_folder(tmp_path):
+    folder = RunFolder(tmp_path)
+    write_report(folder)
+    assert "Nothing has been trained here yet." in folder.report.read_text()
+    assert not folder.plots.exists()
+
+
+def test_damaged_evaluation_is_named(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    (folder.evaluations / "step_00000009-cut.json").write_text('{"results": [{"seq_')
+    (folder.evaluations / "step_00000010-list.json").write_text("[]")
+    write_report(folder)
+    report = folder.report.read_text()
+    assert "`eval/step_00000009-cut.json` can't be read" in report
+    assert "`eval/step_00000010-list.json` can't be read" in report
+
+
+def test_resume_command_gives_the_same_settings(tmp_path):
+    """What the report says to type composes into the run's own settings, odd strings included."""
+    folder = RunFolder(tmp_path / "a run")
+    folder.path.mkdir()
+    arguments = [f"run_dir='{folder.path}'", "model=llama-tiny", "schedule=wsd", "tokenizer=bytes"]
+    arguments += ["data=text", "data.path=some/text.txt", "engine.zero_stage=2", "optim.lr=3e-5"]
+    arguments += ["sample_prompt='it''s \"x\", {y}'".replace("''", "\\'"), "wandb.enabled=true"]
+    config = compose(TrainConfig, arguments, "train")
+    assert config.sample_prompt == 'it\'s "x", {y}'
+    save_config(config, folder.config)
+    write_report(folder)
+    command = next(line for line in folder.report.read_text().splitlines() if "train.py" in line)
+    words = shlex.split(command)
+    assert words[:2] == ["python", "train.py"]
+    assert flatten(compose(TrainConfig, words[2:], "train")) == flatten(load_saved_config(folder.config))
+
+
+def test_override_quotes_what_hydra_would_read_otherwise():
+    assert override("key", None) == "key=null"
+    assert override("key", True) == "key=true"
+    assert override("key", "a/b-1.txt") == "key=a/b-1.txt"
+    assert override("key", "def ") == "key='def '"
+
+
+def test_fence_is_longer_than_the_text_s():
+    assert fenced("a") == "```text\na\n```"
+    assert fenced("````") == "`````text\n````\n`````"
+
+
+def test_script_refuses_a_missing_folder(tmp_path):
+    command = [sys.executable, "-m", "scripts.report", f"run_dir={tmp_path / 'none'}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "run_dir=" in result.stderr

@@ -1,0 +1,145 @@
+"""Plots of a run as PNG files, drawn without a display: curves over tokens, perplexity over length.
+
+Every function takes plain values and the path to write. Losses are in nats per token.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.files import explain_write_errors, write_atomically
+
+SMOOTHED_POINTS = 200  # a curve of more points is drawn faintly, with its running mean over it
+MAX_LINES = 10  # a plot of more lines can't be read: the last ones are drawn
+
+Line = tuple[str, list[float], list[float]]  # label, x, y
+
+
+def plot_loss(path: Path, train: Line, valid: Line) -> None:
+    """Training and validation loss over tokens, on a logarithmic loss axis."""
+
+    def draw(axes) -> None:
+        _curve(axes, train, "tab:blue")
+        if valid[1]:
+            axes.plot(valid[1], valid[2], "o-", color="tab:orange", label=valid[0], markersize=4)
+        axes.set(xlabel="training tokens", ylabel="loss (nats per token)", yscale="log")
+        _plain_ticks(axes.yaxis)
+        axes.legend()
+
+    _save(path, "Loss", [draw])
+
+
+def plot_optimization(path: Path, learning_rate: Line, gradient_norm: Line) -> None:
+    """Learning rate, and below it the gradient's norm before clipping on a logarithmic axis."""
+
+    def draw_rate(axes) -> None:
+        axes.plot(learning_rate[1], learning_rate[2], color="tab:green")
+        axes.set(ylabel="learning rate", ylim=(0, None))
+
+    def draw_norm(axes) -> None:
+        _curve(axes, gradient_norm, "tab:purple")
+        axes.set(xlabel="training tokens", ylabel="gradient norm", yscale="log")
+        _plain_ticks(axes.yaxis)
+
+    _save(path, "Learning rate and gradient norm", [draw_rate, draw_norm])
+
+
+def plot_throughput(path: Path, speed: Line) -> None:
+    """Training tokens per second over tokens."""
+
+    def draw(axes) -> None:
+        _curve(axes, speed, "tab:red")
+        axes.set(xlabel="training tokens", ylabel="tokens per second", ylim=(0, None))
+
+    _save(path, "Throughput", [draw])
+
+
+def plot_perplexity_by_length(path: Path, lines: list[Line]) -> None:
+    """Perplexity over sequence length, one line per checkpoint, data and window rule."""
+
+    def draw(axes) -> None:
+        _lines(axes, lines)
+        axes.set(xlabel="sequence length (tokens)", ylabel="perplexity per token")
+        axes.set_xscale("log", base=2)
+        _plain_ticks(axes.xaxis)
+
+    _save(path, "Perplexity by sequence length", [draw])
+
+
+def plot_loss_by_position(path: Path, lines: list[Line], trained_tokens: int | None) -> None:
+    """Loss over context (tokens read, in powers of two), with a mark at the length trained on."""
+
+    def draw(axes) -> None:
+        _lines(axes, lines)
+        axes.set(xlabel="context (tokens, up to)", ylabel="loss (nats per token)")
+        axes.set_xscale("log", base=2)
+        _plain_ticks(axes.xaxis)
+        if trained_tokens:
+            axes.axvline(trained_tokens, color="gray", linestyle=":", label="training length")
+        axes.legend(fontsize="small")
+
+    _save(path, "Loss by position in the window", [draw])
+
+
+def plot_perplexity_over_tokens(path: Path, lines: list[Line]) -> None:
+    """Perplexity of a run's checkpoints over training tokens, one line per data, length and window rule."""
+
+    def draw(axes) -> None:
+        _lines(axes, lines)
+        axes.set(xlabel="training tokens", ylabel="perplexity per token", yscale="log")
+        _plain_ticks(axes.yaxis)
+
+    _save(path, "Perplexity of checkpoints", [draw])
+
+
+def _curve(axes, line: Line, color: str) -> None:
+    label, x, y = line
+    if len(x) <= SMOOTHED_POINTS:
+        axes.plot(x, y, color=color, label=label)
+        return
+    width = len(x) // 50
+    mean = np.convolve(y, np.ones(width) / width, mode="valid")
+    axes.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(x[width - 1 :], mean, color=color, label=f"{label} (mean of {width} points)".strip())
+
+
+def _lines(axes, lines: list[Line]) -> None:
+    for label, x, y in lines[-MAX_LINES:]:
+        axes.plot(x, y, "o-", label=label, markersize=4)
+    axes.legend(fontsize="small")
+
+
+def _plain_ticks(axis) -> None:
+    """Label a logarithmic axis with plain numbers, also between powers of ten."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    formatter = StrMethodFormatter("{x:,g}")
+    axis.set_major_formatter(formatter)
+    if axis.get_transform().base == 10:
+        axis.set_minor_formatter(formatter)
+        axis.set_tick_params(which="minor", labelsize="small")
+
+
+def _save(path: Path, title: str, panels: list[Callable[[Any], None]]) -> None:
+    from matplotlib.figure import Figure  # not pyplot: it keeps state and may want a display
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(7, 2.5 + 1.7 * len(panels)), dpi=120, layout="constrained")
+    figure.suptitle(title)
+    all_axes = np.atleast_1d(figure.subplots(len(panels), 1, sharex=True))
+    for axes, draw in zip(all_axes, panels, strict=True):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+        if axes.get_xlabel() == "training tokens":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    with explain_write_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, image.getvalue())
