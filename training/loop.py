@@ -47,7 +47,7 @@ from training.metrics import Console, MetricsFile, WandbRun, peak_flops, peak_me
 from training.optimizer import lr_factor
 from training.report import write_report
 from training.run_folder import RunFolder
-from training.weights import load_initial_weights
+from training.weights import check_weights, load_initial_weights
 
 NON_FINITE_EXIT = 1
 
@@ -97,7 +97,9 @@ def _train(config: TrainConfig, folder: RunFolder, world: World, interrupt: Inte
     sequences = config.sequences_per_step // world.size
     accumulation_steps = sequences // state.micro_batch_size
     model = TransNormer(config.model, config.seed)
-    if config.init_from and checkpoint is None:
+    if checkpoint is not None:
+        check_weights(model, checkpoint.shapes, checkpoint.folder)
+    elif config.init_from:
         load_initial_weights(model, config.init_from, data.tokenizer)
     engine = Engine(
         model,
