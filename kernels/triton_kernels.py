@@ -22,7 +22,15 @@ from torch import Tensor
 from kernels.launch import choose_launch, padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-RUNTIME_SIZES = ["N", "P", "q_strides", "k_strides", "v_strides", "o_strides"]  # a new value never recompiles
+RUNTIME_SIZES = [
+    "N",
+    "P",
+    "H",
+    "q_strides",
+    "k_strides",
+    "v_strides",
+    "o_strides",
+]  # a new value never recompiles
 
 
 @triton.jit
@@ -32,7 +40,7 @@ def decay_powers(log2_decay, distance):
 
 
 @triton.jit
-def program_indices(P, H: tl.constexpr, num_value_blocks: tl.constexpr):
+def program_indices(P, H, num_value_blocks: tl.constexpr):
     """Sequence, segment (in the order of the walk), head and value block of this program."""
     i_v = tl.program_id(0) % num_value_blocks
     i_h = tl.program_id(0) // num_value_blocks % H
@@ -85,8 +93,8 @@ def state_tile(
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def walk_kernel(
     q, k, v, o, slopes, initial_state, final_state, segment_states, cu_seqlens,
-    q_strides, k_strides, v_strides, o_strides, N, P,
-    H: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    q_strides, k_strides, v_strides, o_strides, N, P, H,
+    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """o_t = q_t S_t with S_t = λ S_{t-1} + k_tᵀ v_t over one segment; REVERSE walks from the last row on.
@@ -129,17 +137,17 @@ def walk_kernel(
         b_o *= (to_end if REVERSE else through)[None, :]
         b_o = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), b_o, input_precision="ieee")
         d_o.store([row, i_v * BV], tl.trans(b_o).to(b_q.dtype))
-        b_v = (b_v * (through if REVERSE else to_end)[:, None]).to(b_k.dtype)
+        b_vt = (tl.trans(b_v) * (through if REVERSE else to_end)[None, :]).to(b_k.dtype)  # [BV, C]
         b_s *= tl.exp2(log2_decay * num_rows)
-        b_s = tl.dot(tl.trans(b_v), b_k, b_s, input_precision="ieee")
+        b_s = tl.dot(b_vt, b_k, b_s, input_precision="ieee")
     if final_state is not None and i_p == P - 1:
         tl.store(final_state + whole, b_s, mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def segment_state_kernel(
-    k, v, states, slopes, cu_seqlens, k_strides, v_strides, N, P,
-    H: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    k, v, states, slopes, cu_seqlens, k_strides, v_strides, N, P, H,
+    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What each segment but the last of the walk adds to the state, (S, P - 1, H, Dk, Dv)."""
@@ -167,8 +175,8 @@ def segment_state_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def scan_states_kernel(
-    states, initial_state, slopes, cu_seqlens, N, P,
-    H: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+    states, initial_state, slopes, cu_seqlens, N, P, H,
+    SIZE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Turns what each segment adds into the state after it. Grid: (S·H, cdiv(SIZE, BLOCK)), SIZE = Dk·Dv."""
     i_seq, i_h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -187,10 +195,10 @@ def scan_states_kernel(
         tl.store(p_state, b_s, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def step_kernel(
-    q, k, v, o, slopes, state, new_state,
-    H: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    q, k, v, o, slopes, state, new_state, H,
+    Dk: tl.constexpr, Dv: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One token: new_state = λ state + kᵀ v, o = q new_state; all contiguous. Grid: (B·H, cdiv(Dv, BV))."""
     i_bh = tl.program_id(0).to(tl.int64)
@@ -243,7 +251,6 @@ class _Call:
     def _blocks(self, k: Tensor, v: Tensor) -> dict:
         """Compile-time arguments of a kernel over keys k and values v, and its warps and stages."""
         return {
-            "H": self.H,
             "Dk": k.shape[3],
             "Dv": v.shape[3],
             "C": self.launch.chunk,
@@ -261,7 +268,7 @@ class _Call:
         blocks = self._blocks(k, v)
         walk_kernel[self._grid(self.P, blocks)](
             q, k, v, o, self.slopes, initial_state, final_state, segment_states, self.cu_seqlens,
-            _strides(q), _strides(k), _strides(v), _strides(o), self.N, self.P,
+            _strides(q), _strides(k), _strides(v), _strides(o), self.N, self.P, self.H,
             REVERSE=reverse, TRANSPOSED=transposed, **blocks,
         )  # fmt: skip
 
@@ -271,13 +278,14 @@ class _Call:
             return
         blocks = self._blocks(k, v)
         segment_state_kernel[self._grid(self.P - 1, blocks)](
-            k, v, segment_states, self.slopes, self.cu_seqlens, _strides(k), _strides(v), self.N, self.P,
+            k, v, segment_states, self.slopes, self.cu_seqlens,
+            _strides(k), _strides(v), self.N, self.P, self.H,
             REVERSE=reverse, **blocks,
         )  # fmt: skip
         size, block = blocks["Dk"] * blocks["Dv"], 1024
         scan_states_kernel[(self.num_sequences * self.H, triton.cdiv(size, block))](
-            segment_states, initial_state, self.slopes, self.cu_seqlens, self.N, self.P,
-            H=self.H, SIZE=size, C=self.launch.chunk, BLOCK=block, REVERSE=reverse,
+            segment_states, initial_state, self.slopes, self.cu_seqlens, self.N, self.P, self.H,
+            SIZE=size, C=self.launch.chunk, BLOCK=block, REVERSE=reverse,
         )  # fmt: skip
 
 
@@ -312,6 +320,6 @@ def step(q, k, v, slopes, state) -> tuple[Tensor, Tensor]:
     BK = padded(Dk)
     BV = min(padded(Dv), 4096 // BK)  # 4,096 elements of state keep a program's loads in flight
     step_kernel[(B * H, triton.cdiv(Dv, BV))](
-        q, k, v, o, slopes, state, new_state, H=H, Dk=Dk, Dv=Dv, BK=BK, BV=BV, num_warps=4
+        q, k, v, o, slopes, state, new_state, H, Dk=Dk, Dv=Dv, BK=BK, BV=BV, num_warps=4
     )
     return o, new_state

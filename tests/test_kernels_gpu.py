@@ -1,0 +1,159 @@
+"""The Triton kernels compiled for a real GPU, against the PyTorch backend in float64, at real sizes."""
+
+import random
+
+import pytest
+import torch
+
+from kernels import lightning_attention, lightning_attention_step
+from kernels.launch import force
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCES = {torch.bfloat16: 2.4e-3, torch.float16: 4e-4, torch.float32: 1e-5}
+NAMES = ["o", "final", "dq", "dk", "dv", "dinitial"]
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialised_memory():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_inputs(B, N, H, Dk, Dv, dtype, num_states=None, seed=0):
+    """q, k, v, initial_state, gradients of o and of the final state, scaled as in a model; slopes."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    state = (num_states or B, H, Dk, Dv)
+    shapes = [(B, N, H, Dk), (B, N, H, Dk), (B, N, H, Dv), state, (B, N, H, Dv), state]
+    dtypes = [dtype, dtype, dtype, torch.float32, dtype, torch.float32]
+    tensors = [
+        torch.randn(s, device="cuda", generator=generator).to(d) for s, d in zip(shapes, dtypes, strict=True)
+    ]
+    slopes = torch.rand(H, device="cuda", generator=generator) ** 4 * 9
+    slopes[0] = 0
+    return tensors, slopes
+
+
+def run(tensors, slopes, backend, cu_seqlens=None):
+    q, k, v, state = (x.detach().requires_grad_() for x in tensors[:4])
+    o, final = lightning_attention(q, k, v, slopes, state, True, cu_seqlens, backend)
+    return [o, final, *torch.autograd.grad([o, final], [q, k, v, state], tensors[4:])]
+
+
+def assert_close(tensors, slopes, cu_seqlens=None):
+    truths = run([x.double() for x in tensors], slopes, "torch", cu_seqlens)
+    results = run(tensors, slopes, "triton", cu_seqlens)
+    errors = {
+        name: float((x.double() - t).norm() / t.norm().clamp(min=1e-30))
+        for name, x, t in zip(NAMES, results, truths, strict=True)
+    }
+    assert all(error <= TOLERANCES[tensors[0].dtype] for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    ("B", "N", "H", "Dk", "Dv"),
+    [
+        (2, 1000, 4, 128, 128),
+        (1, 4097, 3, 64, 64),
+        (1, 2111, 2, 256, 256),
+        (1, 1500, 2, 256, 128),
+        (2, 777, 3, 96, 192),
+        (3, 63, 5, 8, 24),
+        (1, 1, 1, 16, 16),
+        (300, 65, 2, 32, 64),
+    ],
+)
+def test_outputs_and_gradients(B, N, H, Dk, Dv, dtype):
+    assert_close(*make_inputs(B, N, H, Dk, Dv, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("segments", [1, 2, 7])
+def test_segments(segments, dtype):
+    with force(segments=segments):
+        assert_close(*make_inputs(2, 3001, 2, 128, 128, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("segments", [1, 5])
+def test_packed_documents_of_random_length(segments, dtype):
+    generator = random.Random(0)
+    bounds = sorted([0, 0, 9000, 9000, *(generator.randrange(9000) for _ in range(60))])
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    tensors, slopes = make_inputs(1, 9000, 2, 128, 64, dtype, num_states=len(bounds) - 1)
+    with force(segments=segments):
+        assert_close(tensors, slopes, cu_seqlens)
+
+
+def test_fuzz():
+    """Random shapes over a few head dims, since each pair of dims compiles its own kernels."""
+    generator = random.Random(0)
+    for seed in range(150):
+        Dk, Dv = generator.choice([(64, 64), (128, 128), (96, 40), (256, 128)])
+        B, N, H = generator.randint(1, 4), generator.randint(1, 700), generator.randint(1, 6)
+        dtype = generator.choice(list(TOLERANCES))
+        with force(segments=generator.randint(1, 8)):
+            assert_close(*make_inputs(B, N, H, Dk, Dv, dtype, seed=seed))
+
+
+def test_addresses_beyond_32_bits():
+    """2^31 elements and more in one tensor; the last rows are checked against a pass over them alone."""
+    B, N, H, D = 1, 1_100_000, 16, 128
+    q, k, v = (torch.randn(B, N, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    slopes = torch.full((H,), 1.0, device="cuda")
+    o, _ = lightning_attention(q, k, v, slopes)
+    tail, _ = lightning_attention(*(x[:, -1000:].double() for x in (q, k, v)), slopes, backend="torch")
+    error = (o[:, -500:].double() - tail[:, -500:]).norm() / tail[:, -500:].norm()
+    assert float(error) <= TOLERANCES[torch.bfloat16]
+
+
+def test_repeats_give_the_same_bits():
+    tensors, slopes = make_inputs(1, 8192, 4, 128, 128, torch.bfloat16)
+    first, second = run(tensors, slopes, "triton"), run(tensors, slopes, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_new_shape_of_the_batch_does_not_recompile():
+    from kernels import triton_kernels
+
+    def compiled():
+        caches = triton_kernels.walk_kernel.device_caches.values()
+        return sum(len(cache[0]) for cache in caches)
+
+    run(*make_inputs(1, 3000, 4, 128, 128, torch.bfloat16), "triton")
+    before = compiled()
+    assert before > 0
+    for B, N, H in ((1, 1, 4), (2, 17, 3), (1, 4096, 1), (3, 5001, 8)):
+        run(*make_inputs(B, N, H, 128, 128, torch.bfloat16), "triton")
+    assert compiled() == before
+
+
+def test_compiles_into_one_graph():
+    (q, k, v, state, *_), slopes = make_inputs(1, 500, 2, 64, 64, torch.bfloat16)
+
+    def function(q, k, v, state):
+        o, final = lightning_attention(q * q.sigmoid(), k, v, slopes, state, True)
+        return o.float().sum() + final.sum()
+
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True)):
+        inputs = [x.detach().requires_grad_() for x in (q, k, v, state)]
+        value = call(*inputs)
+        results.append([value, *torch.autograd.grad(value, inputs)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("Dk", "Dv"), [(128, 128), (256, 128), (24, 200)])
+def test_prefill_and_steps_equal_one_pass(Dk, Dv, dtype):
+    (q, k, v, state, *_), slopes = make_inputs(2, 300, 3, Dk, Dv, dtype)
+    exact = [x.double() for x in (q, k, v)]
+    truth, final = lightning_attention(*exact, slopes, state.double(), True, backend="torch")
+    _, running = lightning_attention(*(x[:, :290] for x in (q, k, v)), slopes, state, True)
+    for t in range(290, 300):
+        o, running = lightning_attention_step(q[:, t], k[:, t], v[:, t], slopes, running)
+        assert float((o.double() - truth[:, t]).norm() / truth[:, t].norm()) <= TOLERANCES[dtype]
+    assert float((running.double() - final).norm() / final.norm()) <= TOLERANCES[dtype]
