@@ -36,7 +36,7 @@ def multirun(arguments: list[str]) -> int:
     names = [setting.split("=", 1)[0] for setting in swept]
     first_failure = 0
     for index, (point, config) in enumerate(zip(points, configs, strict=True)):
-        label = ",".join(setting for setting in point if setting.split("=", 1)[0] in names)
+        label = "_".join(setting.replace("=", "-") for setting in point if setting.split("=", 1)[0] in names)
         run_dir = os.path.join(config.run_dir, label.replace("/", "-") or str(index))
         others = [setting for setting in point if not setting.startswith("run_dir=")]
         code = subprocess.run([sys.executable, sys.argv[0], *others, f"run_dir={run_dir}"]).returncode

@@ -220,7 +220,7 @@ def test_multirun_gives_each_point_a_folder(text, tmp_path):
     arguments = settings(text, tmp_path / "runs", "max_steps=1", "optim.beta2=0.9,0.99")
     result = run(["train.py", "-m", *arguments])
     assert result.returncode == 0, result.stderr
-    for point in ("optim.beta2=0.9", "optim.beta2=0.99"):
+    for point in ("optim.beta2-0.9", "optim.beta2-0.99"):
         assert list(lines(tmp_path / "runs" / point)) == [1]
 
 

@@ -165,7 +165,8 @@ def compose(schema: type, arguments: list[str], config_name: str | None = None):
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            composed = hydra_compose(config_name or "settings_schema", overrides=list(arguments))
+            overrides = [_quote_if_needed(argument) for argument in arguments]
+            composed = hydra_compose(config_name or "settings_schema", overrides=overrides)
         return OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise SettingError(_explain(error, schema)) from None
@@ -173,6 +174,18 @@ def compose(schema: type, arguments: list[str], config_name: str | None = None):
         raise
     except ValueError as error:
         raise SettingError(str(error)) from None
+
+
+def _quote_if_needed(argument: str) -> str:
+    """Take a value that Hydra's grammar can't read as one value (a prompt, a path with `=`) as plain text."""
+    try:
+        if not OverridesParser.create().parse_override(argument).is_sweep_override():
+            return argument
+    except HydraException:
+        pass
+    key, value = argument.split("=", 1)
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"{key}='{escaped}'"
 
 
 def _explain(error: Exception, schema: type) -> str:
@@ -184,13 +197,12 @@ def _explain(error: Exception, schema: type) -> str:
     unknown = re.match(r"Could not override '([^']+)'", lines[0])
     if unknown:
         return _unknown_setting(unknown[1], schema)
-    if lines[0].startswith("Ambiguous value"):
-        return f"{lines[0]}: several values. Quote a list as key=[a,b], or add -m for one run after another."
     if "Could not find" in lines[0]:
         return " ".join([lines[0].split(": ", 1)[-1] + ".", *_options(lines)])
     key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
     detail = str(cause).splitlines()[0] if str(cause) else lines[0]
-    return f"{key}: {detail}." if key and key not in detail else detail
+    hint = " Several values in one command need -m." if "," in detail else ""
+    return f"{key}: {detail}.{hint}" if key and key not in detail else detail
 
 
 def _unknown_setting(key: str, schema: type) -> str:
@@ -293,16 +305,15 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], where: Path) -> 
 def sweep_points(arguments: list[str]) -> list[list[str]]:
     """Expand `key=a,b` arguments, as `-m` takes them, into the overrides of each point, in order."""
     points: list[list[str]] = [[]]
-    try:
-        overrides = OverridesParser.create().parse_overrides(arguments)
-    except HydraException as error:
-        raise SettingError(str(error).splitlines()[0]) from None
-    for override in overrides:
-        key = override.get_key_element()
-        if override.is_sweep_override():
-            choices = [f"{key}={value}" for value in override.sweep_string_iterator()]
+    for argument in arguments:
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            override = None  # plain text: compose quotes it
+        if override is not None and override.is_sweep_override():
+            choices = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
         else:
-            choices = [override.input_line]
+            choices = [argument]
         points = [[*point, choice] for point in points for choice in choices]
     return points
 

@@ -87,6 +87,7 @@ def _enter_folder(folder: RunFolder, config: TrainConfig, world: World) -> None:
 
 def _train(config: TrainConfig, folder: RunFolder, world: World, interrupt: Interrupt) -> int:
     log = _printer(world)
+    _check_backend(config, world)
     data = prepare(config.data, config.tokenizer, log=log)
     checkpoint = _find_checkpoint(config, folder, world, log)
     config = _settle(config, data, checkpoint)
@@ -141,6 +142,14 @@ def _find_checkpoint(config: TrainConfig, folder: RunFolder, world: World, log) 
             raise CheckpointError(f"{folder.checkpoints} holds no valid checkpoint to resume from.")
         return None
     return open_checkpoint(chosen, verify=False)
+
+
+def _check_backend(config: TrainConfig, world: World) -> None:
+    """Refuse a kernel that this rank's device can't run, before data and model are made."""
+    if config.model.backend == "triton" and world.device.type != "cuda":
+        raise SettingError(
+            "model.backend=triton needs a CUDA device and there is none: use model.backend=auto."
+        )
 
 
 def _settle(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | None) -> TrainConfig:

@@ -1,39 +1,152 @@
-"""What a run needs of memory, counted from the model, and the micro-batch that fits."""
+"""What a run needs of memory and time, counted from its settings, and the micro-batch that fits.
+
+`memory_parts` is the whole estimate, by part and in bytes. It is meant to be a little too high: a run that
+was told to fit must not end for want of memory.
+Shapes in comments: D hidden, G inner width of the channel mixer, H heads, d head dim, V vocabulary.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from data.tokenizer import ByteTokenizer
 from models.config import ModelConfig
+from models.layers import LOGITS_PER_CHUNK
 from training.config import TrainConfig
 from training.errors import SettingError
 
 CPU_MICRO_BATCH_TOKENS = 8192  # larger micro-batches gain nothing on a CPU
-LOSS_BYTES = 3 * 2**30  # one chunk of logits in fp32, their softmax and gradient
-SPARE = 0.9  # share of the device's memory that is planned for
+SPARE = 0.9  # share of a GPU's memory that is planned for: the rest is CUDA's context and fragmentation
+BUCKET_ELEMENTS = 5e8  # DeepSpeed's buffer for gradients on their way to their owner, stages 2 and 3
+LIVE_PARAMETERS = 1e9  # whole weights that stage 3 may hold at once
+# The ZeRO stage from which each part is divided among the ranks.
+SHARDED_FROM_STAGE = {"masters": 1, "moments": 1, "sums": 2, "gradients": 3, "weights": 3}
+
+# Memory that PyTorch sees of each GPU in metrics.PEAK_FLOPS, in GiB.
+GPU_MEMORY_GIB = {
+    "B200": 178.0,
+    "H200": 139.8,
+    "H100 PCIe": 79.1,
+    "H100": 79.1,
+    "A100": 79.1,
+    "L40S": 44.4,
+    "RTX 4090": 23.5,
+}
 
 
-def activation_bytes_per_token(config: ModelConfig) -> int:
-    """Bytes that one token's activations hold between forward and backward, in bf16 compute.
+def find_gpu(name: str) -> str | None:
+    """The key of GPU_MEMORY_GIB and PEAK_FLOPS that `name` ("h200", "NVIDIA H100 PCIe") means, or None."""
+    wanted = name.lower().replace(" ", "").replace("-", "")
+    return next((key for key in GPU_MEMORY_GIB if key.lower().replace(" ", "") in wanted), None)
 
-    A layer keeps, in bf16, its input, norm, q, k, v, u, activated q and k, o, norm(o), gated o, middle
-    residual and norm (14 D), and l1, l2 and their product (3 GLU); fp32 copies in norms add about 8 D.
+
+def layer_activation_bytes(config: ModelConfig, layer: int, element: int = 2) -> dict[str, int]:
+    """Bytes per token that a layer's forward keeps for its backward, by term.
+
+    `element` is the size of a compute value, 2 in bf16.
     """
-    hidden = config.hidden_size
-    layer = 2 * (14 * hidden + 3 * config.glu_size) + 8 * hidden
+    hidden, glu = config.hidden_size, config.glu_size
+    norm = norm_activation_bytes(config, element)
+    terms = {"token norm": norm}
+    if config.uses_softmax(layer):
+        terms["q, k, v"] = element * 3 * hidden
+        terms["rotated q, k"] = element * 2 * hidden
+        terms["attention output"] = element * hidden
+    else:
+        features = config.num_heads * config.qk_dim(layer)  # H·d, twice that after LRPE
+        terms["q, k, v, gate"] = element * hidden * (3 if config.gate == "none" else 4)
+        terms["activated q, k"] = element * 2 * hidden if config.activation != "none" else 0
+        terms["LRPE's q, k"] = element * 2 * features if config.uses_lrpe(layer) else 0
+        terms["output norm"] = norm
+        terms["gated output"] = element * hidden if config.gate != "none" else 0
+    terms["channel norm"] = norm
+    terms["channel mixer"] = element * glu * (4 if config.channel_mixer == "swiglu" else 3)
+    return terms
+
+
+def norm_activation_bytes(config: ModelConfig, element: int = 2) -> int:
+    """Bytes per token that a norm keeps: its input in fp32, with a weight the scaled one too, its result."""
+    wide = 2 if config.norm == "rmsnorm" else 1
+    return 4 * wide * config.hidden_size + element * config.hidden_size
+
+
+def activation_bytes_per_token(config: ModelConfig, element: int = 2) -> int:
+    """Bytes that one token's activations hold at the peak, when backward enters the last layer.
+
+    Every layer keeps its terms, or with `activation_checkpointing=full` only its input; and the layer in
+    backward holds as much again, its gradients (or its terms, recomputed).
+    """
+    layers = [
+        sum(layer_activation_bytes(config, layer, element).values()) for layer in range(config.num_layers)
+    ]
+    last_norm = norm_activation_bytes(config, element)
     if config.activation_checkpointing == "full":
-        return 2 * hidden * config.num_layers + layer
-    return layer * config.num_layers
+        return element * config.hidden_size * config.num_layers + 2 * max(layers) + last_norm
+    return sum(layers) + max(layers) + last_norm
 
 
-def state_bytes_per_parameter(config: TrainConfig, world_size: int) -> float:
-    """Bytes a parameter costs on one rank: weight, gradient, fp32 gradient sum, master and two moments."""
-    if config.engine.zero_stage == 0 or config.engine.precision == "fp32":
-        return 16 if config.engine.zero_stage == 0 else 8 + 16 / world_size
-    optimizer = 0 if config.engine.offload_optimizer else 12 / world_size
-    gradients = {1: 2 + 4, 2: 2 + 4 / world_size, 3: 6 / world_size}[config.engine.zero_stage]
-    weights = 2 / world_size if config.engine.zero_stage == 3 else 2
-    return weights + gradients + optimizer
+def loss_bytes(config: ModelConfig, num_tokens: int, element: int = 2) -> int:
+    """Bytes that the head's loss holds for a micro-batch of `num_tokens` tokens.
+
+    A chunk's logits, in `element` bytes and in fp32, their log-softmax, softmax and its scored part in fp32,
+    and the logits' gradient; beside them the gradients of the features and, in fp32 and rounded, of the head.
+    """
+    hidden, vocab = config.hidden_size, config.vocab_size
+    chunk = min(num_tokens, max(1, LOGITS_PER_CHUNK // vocab)) * vocab
+    return chunk * (2 * element + 4 * 4) + element * num_tokens * hidden + (4 + element) * vocab * hidden
+
+
+def state_parts(config: TrainConfig, num_ranks: int) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer state on one rank, by part (see training/engine.py)."""
+    engine, count = config.engine, config.model.num_parameters()
+    stage = engine.zero_stage
+    element = 4 if engine.precision == "fp32" or stage == 0 else 2
+    sharded = {name: num_ranks if stage >= least else 1 for name, least in SHARDED_FROM_STAGE.items()}
+    on_gpu = 0 if engine.offload_optimizer else 1
+    copies = 2 if stage == 0 and engine.precision == "bf16" else 0  # every layer rounds its weight for bf16
+    parts = {
+        "weights": (element + copies) * count / sharded["weights"],
+        "gradients": element * count / sharded["gradients"],
+        "fp32 gradient sums": 4 * count / sharded["sums"] * on_gpu if stage > 0 else 0,
+        "fp32 master weights": 4 * count / sharded["masters"] * on_gpu if stage > 0 else 0,
+        "optimizer moments": 8 * count / sharded["moments"] * on_gpu,
+        "communication buffers": 0,
+    }
+    if stage == 3 and engine.offload_parameters:
+        parts["weights"] = 0
+    if stage >= 2:
+        parts["communication buffers"] += element * BUCKET_ELEMENTS
+    if stage == 3:
+        parts["communication buffers"] += element * min(count, LIVE_PARAMETERS)
+    return parts
+
+
+def memory_parts(config: TrainConfig, num_ranks: int, micro_batch_size: int) -> dict[str, float]:
+    """The estimate: bytes on one GPU at the peak of a step, by part. Needs `model.vocab_size`.
+
+    Args:
+        num_ranks: GPUs that share a step.
+        micro_batch_size: sequences per GPU and micro-step.
+    """
+    element = 4 if config.engine.precision == "fp32" else 2
+    num_tokens = micro_batch_size * config.seq_len
+    return {
+        **state_parts(config, num_ranks),
+        "activations": activation_bytes_per_token(config.model, element) * num_tokens,
+        "loss": loss_bytes(config.model, num_tokens, element),
+    }
+
+
+def largest_micro_batch(config: TrainConfig, num_ranks: int, memory_bytes: float) -> int:
+    """Sequences of the largest micro-batch that fits in `memory_bytes`; 0 if not even one does."""
+    fitting = [
+        size
+        for size in divisors(config.sequences_per_step // num_ranks)
+        if sum(memory_parts(config, num_ranks, size).values()) <= SPARE * memory_bytes
+    ]
+    return max(fitting, default=0)
 
 
 def resolve_micro_batch(config: TrainConfig, world_size: int, device: torch.device, wish: int | None) -> int:
@@ -42,13 +155,7 @@ def resolve_micro_batch(config: TrainConfig, world_size: int, device: torch.devi
     Raises:
         SettingError: the step's sequences can't be dealt out evenly.
     """
-    sequences = config.sequences_per_step
-    if sequences % world_size:
-        raise SettingError(
-            f"batch_tokens={config.batch_tokens} is {sequences} sequences of {config.seq_len} tokens a step, "
-            f"which {world_size} ranks can't share evenly: use a multiple of {config.seq_len * world_size}."
-        )
-    per_rank = sequences // world_size
+    per_rank = sequences_per_rank(config, world_size)
     if config.micro_batch_size != "auto":
         if per_rank % config.micro_batch_size:
             raise SettingError(
@@ -56,20 +163,52 @@ def resolve_micro_batch(config: TrainConfig, world_size: int, device: torch.devi
                 f"rank's step: allowed are {', '.join(map(str, divisors(per_rank)))}, or auto."
             )
         return config.micro_batch_size
-    limit = wish or max(1, _fitting_tokens(config, world_size, device) // config.seq_len)
-    return max(size for size in divisors(per_rank) if size <= limit)
+    if wish:
+        limit = wish
+    elif device.type == "cuda":
+        limit = largest_micro_batch(config, world_size, torch.cuda.get_device_properties(device).total_memory)
+    else:
+        limit = CPU_MICRO_BATCH_TOKENS // config.seq_len
+    return max(size for size in divisors(per_rank) if size <= max(limit, 1))
 
 
-def _fitting_tokens(config: TrainConfig, world_size: int, device: torch.device) -> int:
-    """Tokens of a micro-step whose activations fit beside weights and optimizer state."""
-    if device.type != "cuda":
-        return CPU_MICRO_BATCH_TOKENS
-    total = SPARE * torch.cuda.get_device_properties(device).total_memory
-    states = state_bytes_per_parameter(config, world_size) * config.model.num_parameters()
-    left = total - states - LOSS_BYTES
-    return int(max(left, 0) // activation_bytes_per_token(config.model))
+def sequences_per_rank(config: TrainConfig, num_ranks: int) -> int:
+    """Sequences of one rank's part of a step.
+
+    Raises:
+        SettingError: the step's sequences can't be dealt out evenly.
+    """
+    sequences = config.sequences_per_step
+    if sequences % num_ranks:
+        raise SettingError(
+            f"batch_tokens={config.batch_tokens} is {sequences} sequences of {config.seq_len} tokens a step, "
+            f"which {num_ranks} ranks can't share evenly: use a multiple of {config.seq_len * num_ranks}."
+        )
+    return sequences // num_ranks
 
 
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
     return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def predicted_tokens_per_second(config: TrainConfig, num_ranks: int, flops_per_second: float) -> float:
+    """Tokens a second over all ranks if each did `flops_per_second` model FLOPs."""
+    return num_ranks * flops_per_second / config.model.flops_per_token(config.seq_len)
+
+
+def with_vocabulary(config: TrainConfig) -> TrainConfig:
+    """The settings with `model.vocab_size` filled in as the tokenizer's settings say.
+
+    Raises:
+        SettingError: only the tokenizer itself knows.
+    """
+    if config.model.vocab_size is not None:
+        return config
+    known = {"sentencepiece": config.tokenizer.vocab_size, "bytes": ByteTokenizer.vocab_size}
+    if config.tokenizer.kind not in known:
+        raise SettingError(
+            f"model.vocab_size is not set, and tokenizer={config.tokenizer.kind} does not say it "
+            "before it is opened: give model.vocab_size=N."
+        )
+    return replace(config, model=replace(config.model, vocab_size=known[config.tokenizer.kind]))

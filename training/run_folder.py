@@ -29,7 +29,11 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         """Whether a run has been started here."""
-        return self.config.exists() or self.metrics.exists() or self.checkpoints.exists()
+        return self.config.exists() or self.metrics.exists() or self.has_checkpoint()
+
+    def has_checkpoint(self) -> bool:
+        """Whether a checkpoint is there, valid or not."""
+        return any(self.checkpoints.glob("step_*"))
 
     def prepare(self, resume: str, overwrite: bool) -> None:
         """Create the folder, or with `overwrite` empty it; refuse what `resume` forbids, moving nothing.
@@ -37,7 +41,7 @@ class RunFolder:
         Raises:
             SettingError: resume=never on a run, or resume=must without one.
         """
-        if resume == "must" and not self.checkpoints.is_dir():
+        if resume == "must" and not self.has_checkpoint():
             raise SettingError(
                 f"resume=must, but {self.path} holds no checkpoint. Use resume=auto to start one."
             )

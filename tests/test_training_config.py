@@ -1,0 +1,203 @@
+"""Settings: what is accepted, and that what is refused is refused in one or two helpful lines."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import yaml
+from training_helpers import run, settings, write_text
+
+from data.errors import DataError
+from training.config import (
+    TrainConfig,
+    check_resumable,
+    command_line,
+    compose,
+    flatten,
+    load_saved_config,
+    model_config_from,
+    save_config,
+    sweep_points,
+    to_dict,
+)
+from training.errors import SettingError
+from training.memory import resolve_micro_batch
+from training.optimizer import ScheduleConfig, lr_factor
+
+REFUSED = [
+    ("modle=tnl-1b", "modle: unknown setting. Did you mean model?"),
+    ("model.num_head=3", "Did you mean model.num_heads?"),
+    ("model=tnl-9b", "Allowed: llama-13b"),
+    ("seq_len=0", "seq_len=0 must be at least 1"),
+    ("seq_len=many", "seq_len: Value 'many'"),
+    ("batch_tokens=1000", "batch_tokens=1000 is not a multiple of seq_len=1024"),
+    ("batch_tokens=5000", "Try batch_tokens=4096"),
+    ("max_steps=-1", "max_steps=-1 must be at least 1"),
+    ("resume=maybe", "Allowed: auto, never, must"),
+    ("micro_batch_size=some", "a number of sequences, or auto"),
+    ("micro_batch_size=0", "micro_batch_size=0"),
+    ("optim.lr=-1", "optim.lr=-1.0 must be above 0"),
+    ("optim.beta1=1", "optim.beta1=1.0"),
+    ("schedule.min_lr_ratio=2", "between 0 and 1"),
+    ("engine.precision=fp8", "Allowed: bf16, fp32"),
+    ("engine.offload_optimizer=true", "engine.zero_stage 2 or 3"),
+    ("model.num_heads=3", "not divisible by model.num_heads=3"),
+    ("model.decay=fast", "Allowed: published, paper, none"),
+    ("seq_len=1,2", "need -m"),
+    ("--verbose", "Write key=value"),
+    ("seq_len", "Write key=value"),
+    ("seq_len=[", "seq_len: Value '['"),
+    ("optim.lr=nan", "optim.lr=nan must be above 0"),
+]
+
+
+@pytest.mark.parametrize(("argument", "explanation"), REFUSED)
+def test_a_wrong_setting_is_explained_in_a_line(argument, explanation):
+    with pytest.raises(SettingError) as refusal:
+        compose(TrainConfig, [argument], "train")
+    assert explanation in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) <= 2
+
+
+def test_data_settings_are_checked_too():
+    with pytest.raises(DataError, match=r"data\.path"):
+        compose(TrainConfig, ["data=text"], "train")
+
+
+def test_settings_reach_their_owners():
+    config = compose(TrainConfig, ["model=tnl-1b", "optim.lr=0.5", "engine=zero3", "schedule=wsd"], "train")
+    assert (config.model.hidden_size, config.model.num_layers) == (2048, 16)
+    assert (config.optim.lr, config.engine.zero_stage, config.schedule.name) == (0.5, 3, "wsd")
+    assert config.run_dir == "outputs/tnl-1b"
+
+
+def test_a_saved_config_comes_back_and_nothing_in_it_is_interpreted(tmp_path):
+    config = TrainConfig()
+    save_config(config, tmp_path / "config.yaml")
+    assert load_saved_config(tmp_path / "config.yaml") == to_dict(config)
+    (tmp_path / "config.yaml").write_text("run_dir: ${oc.env:HOME}\n")
+    assert load_saved_config(tmp_path / "config.yaml") == {"run_dir": "${oc.env:HOME}"}
+    (tmp_path / "config.yaml").write_text("a: !!python/object/apply:os.system [false]\n")
+    with pytest.raises(SettingError, match=r"config\.yaml"):
+        load_saved_config(tmp_path / "config.yaml")
+
+
+def test_a_saved_model_with_unknown_fields_is_refused(tmp_path):
+    saved = to_dict(TrainConfig())
+    saved["model"]["_target_"] = "os.system"
+    with pytest.raises(SettingError, match="_target_"):
+        model_config_from(saved, tmp_path)
+
+
+def test_resume_allows_what_may_change_and_names_the_rest():
+    config = TrainConfig()
+    saved = to_dict(replace(config, max_steps=7, save_every=3, seed=5, batch_tokens=2048))
+    saved["engine"]["zero_stage"] = 3
+    saved["schedule"]["total_steps"] = 7
+    saved["model"]["vocab_size"] = 300
+    with pytest.raises(SettingError) as refusal:
+        check_resumable(config, saved, "run")
+    assert "seed=0 (run: 5)" in str(refusal.value)
+    assert "batch_tokens=65536 (run: 2048)" in str(refusal.value)
+    for allowed in ("max_steps", "save_every", "zero_stage", "total_steps", "vocab_size"):
+        assert allowed not in str(refusal.value)
+
+
+def test_flatten_gives_dotted_keys():
+    flat = flatten(TrainConfig())
+    assert flat["model.num_layers"] == 4
+    assert flat["seed"] == 0
+
+
+@pytest.mark.parametrize("text", ["a, b", "def main(x): return {x}", "it's \\n 100%", "a=b", "[1", "x y"])
+def test_text_needs_no_quotes_of_hydras(text):
+    assert compose(TrainConfig, [f"sample_prompt={text}"], "train").sample_prompt == text
+
+
+def test_sweep_points_cross_in_order():
+    points = sweep_points(["seq_len=1,2", "seed=range(0,2)", "max_steps=3"])
+    assert points == [
+        ["seq_len=1", "seed=0", "max_steps=3"],
+        ["seq_len=1", "seed=1", "max_steps=3"],
+        ["seq_len=2", "seed=0", "max_steps=3"],
+        ["seq_len=2", "seed=1", "max_steps=3"],
+    ]
+
+
+@pytest.mark.parametrize("given", [["--local_rank=3"], ["--local-rank", "3"], ["--local_rank", "3"]])
+def test_the_launchers_local_rank_is_dropped(given, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *given, "seed=1"])
+    assert command_line() == ["seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "factor"),
+    [
+        ("cosine", 0, 0.1),  # warm-up is capped at a tenth of 100 steps
+        ("cosine", 9, 1.0),
+        ("cosine", 55, 0.55),
+        ("cosine", 100, 0.1),
+        ("cosine", 500, 0.1),
+        ("wsd", 79, 1.0),
+        ("wsd", 90, 0.55),
+        ("wsd", 100, 0.1),
+        ("constant", 99, 1.0),
+    ],
+)
+def test_schedules(name, step, factor):
+    config = ScheduleConfig(name=name, warmup_steps=50, total_steps=100, min_lr_ratio=0.1)
+    assert lr_factor(config, step) == pytest.approx(factor, abs=1e-6)
+
+
+def test_micro_batches_divide_the_step(monkeypatch):
+    import torch
+
+    config = TrainConfig(seq_len=1000, batch_tokens=24000)
+    cpu = torch.device("cpu")
+    assert resolve_micro_batch(config, 1, cpu, None) == 8  # the largest divisor of 24 in 8,192 tokens
+    assert resolve_micro_batch(config, 2, cpu, None) == 6
+    assert resolve_micro_batch(config, 1, cpu, wish=5) == 4
+    with pytest.raises(SettingError, match="5 ranks can't share"):
+        resolve_micro_batch(config, 5, cpu, None)
+    with pytest.raises(SettingError, match="allowed are 1, 2, 3, 4, 6, 8, 12, 24"):
+        resolve_micro_batch(replace(config, micro_batch_size=5), 1, cpu, None)
+
+
+def test_bad_input_ends_with_2_and_at_most_two_lines(tmp_path):
+    text = write_text(tmp_path / "text")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "a.txt").write_bytes(b"ok \xff\xfe")
+    for more, expected in [
+        (["seq_len=0"], "seq_len=0"),
+        ([f"data.path={tmp_path / 'empty'}"], "empty"),
+        ([f"data.path={tmp_path / 'binary'}"], "a.txt"),
+        (["resume=must"], "resume=must"),
+        (["model.backend=triton", "max_steps=1"], "backend"),
+        (["seq_len=1024", "batch_tokens=65536", "data.valid_fraction=0.9"], "seq_len"),
+    ]:
+        result = run(["train.py", *settings(text, tmp_path / "run", *more)])
+        assert result.returncode == 2, (more, result.stderr)
+        assert expected in result.stderr, (more, result.stderr)
+        assert "Traceback" not in result.stderr
+        assert len(result.stderr.strip().splitlines()) <= 2, (more, result.stderr)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+def test_a_half_set_launcher_environment_is_refused(tmp_path, monkeypatch):
+    import training_helpers
+
+    text = write_text(tmp_path / "text")
+    whole = training_helpers.environment
+    monkeypatch.setattr(training_helpers, "environment", lambda *_: whole() | {"RANK": "0"})
+    result = run(["train.py", *settings(text, tmp_path / "run")])
+    assert result.returncode == 2
+    assert "WORLD_SIZE" in result.stderr
+
+
+def test_help_lists_every_setting():
+    result = run(["train.py", "--help"])
+    assert result.returncode == 0
+    shown = yaml.safe_load(result.stdout.split("key=value")[-1].split(":\n\n", 1)[1].split("\nGroups")[0])
+    assert flatten(shown).keys() >= flatten(TrainConfig()).keys()
+    assert "engine=zero0|" in result.stdout
