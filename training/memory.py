@@ -8,6 +8,7 @@ Shapes in comments: D hidden, G inner width of the channel mixer, H heads, d hea
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +17,8 @@ from models.config import ModelConfig
 from models.layers import LOGITS_PER_CHUNK
 from training.config import TrainConfig
 from training.errors import SettingError
+
+Settings = TypeVar("Settings", bound=TrainConfig)
 
 CPU_MICRO_BATCH_TOKENS = 8192  # larger micro-batches gain nothing on a CPU
 SPARE = 0.9  # share of a GPU's memory that is planned for: the rest is CUDA's context and fragmentation
@@ -94,6 +97,7 @@ def loss_bytes(config: ModelConfig, num_tokens: int, element: int = 2) -> int:
     and the logits' gradient; beside them the gradients of the features and, in fp32 and rounded, of the head.
     """
     hidden, vocab = config.hidden_size, config.vocab_size
+    assert vocab is not None, "fill it in by with_vocabulary"
     chunk = min(num_tokens, max(1, LOGITS_PER_CHUNK // vocab)) * vocab
     return chunk * (2 * element + 4 * 4) + element * num_tokens * hidden + (4 + element) * vocab * hidden
 
@@ -197,7 +201,7 @@ def predicted_tokens_per_second(config: TrainConfig, num_ranks: int, flops_per_s
     return num_ranks * flops_per_second / config.model.flops_per_token(config.seq_len)
 
 
-def with_vocabulary(config: TrainConfig) -> TrainConfig:
+def with_vocabulary(config: Settings) -> Settings:
     """The settings with `model.vocab_size` filled in as the tokenizer's settings say.
 
     Raises:

@@ -1,0 +1,144 @@
+"""What a run would need, before it is started: parameters, FLOPs, memory, micro-batch and time. Needs no GPU.
+
+    python -m scripts.plan model=tnl-1b seq_len=8192 engine=zero1 num_gpus=8 gpu=h200 tokens=300e9
+
+Takes every setting of train.py, and gpu (or gpu_memory_gib), num_gpus, assumed_mfu and tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.config import ModelConfig
+from training.config import TrainConfig, run_command
+from training.errors import SettingError
+from training.memory import (
+    GPU_MEMORY_GIB,
+    find_gpu,
+    largest_micro_batch,
+    memory_parts,
+    predicted_tokens_per_second,
+    sequences_per_rank,
+    with_vocabulary,
+)
+from training.metrics import PEAK_FLOPS, duration
+
+GIB = 2**30
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig(TrainConfig):
+    """A run, and the GPUs to plan it for."""
+
+    gpu: str = "h100"
+    gpu_memory_gib: float | None = None  # instead of what `gpu` has
+    num_gpus: int = 1
+    assumed_mfu: float = 0.4  # share of the GPU's peak that the model's FLOPs reach
+    tokens: float | None = None  # tokens to train on; null: max_steps * batch_tokens
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        if self.num_gpus < 1:
+            raise SettingError(f"num_gpus={self.num_gpus} must be at least 1.")
+        gpu = find_gpu(self.gpu)
+        if gpu is None:
+            names = ", ".join(key.lower().replace(" ", "-") for key in GPU_MEMORY_GIB)
+            raise SettingError(
+                f"gpu={self.gpu} is unknown. Allowed: {names}; for another also set gpu_memory_gib."
+            )
+        self.gpu = gpu
+        for key in ("gpu_memory_gib", "tokens"):
+            if getattr(self, key) is not None and not getattr(self, key) > 0:
+                raise SettingError(f"{key}={getattr(self, key)} must be above 0, or null.")
+        if not 0 < self.assumed_mfu <= 1:
+            raise SettingError(f"assumed_mfu={self.assumed_mfu} must be above 0 and at most 1.")
+
+
+def main(config: PlanConfig) -> None:
+    """Print the plan."""
+    config = with_vocabulary(config)
+    per_gpu = sequences_per_rank(config, config.num_gpus)
+    print("\n\n".join([_model(config), _memory(config, per_gpu), _time(config)]))
+
+
+def _model(config: PlanConfig) -> str:
+    model = config.model
+    parts = parameter_parts(model)
+    lines = [
+        f"{model.name}: {model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads} heads, "
+        f"channel mixer {model.glu_size}, vocabulary {model.vocab_size}, attention {model.attention}"
+    ]
+    lines += [f"  {name:<24}{count:>18,}" for name, count in parts.items()]
+    lines += [
+        f"  {'parameters':<24}{model.num_parameters():>18,}",
+        f"  {'FLOPs per token':<24}{model.flops_per_token(config.seq_len):>18.4g}  (forward and backward)",
+    ]
+    return "\n".join(lines)
+
+
+def parameter_parts(model: ModelConfig) -> dict[str, int]:
+    """Parameters of the embedding (and an untied head), token mixers, channel mixers, and norm weights."""
+    assert model.vocab_size is not None, "fill it in by with_vocabulary"
+    embedding = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    channel_mixers = 3 * model.hidden_size * model.glu_size * model.num_layers
+    per_norm = {"srmsnorm": 0, "rmsnorm": 1, "layernorm": 2}[model.norm] * model.hidden_size
+    linear_layers = sum(not model.uses_softmax(layer) for layer in range(model.num_layers))
+    norms = per_norm * (1 + 2 * model.num_layers + linear_layers)
+    return {
+        "embedding and head": embedding,
+        "token mixers": model.num_parameters() - embedding - channel_mixers - norms,
+        "channel mixers": channel_mixers,
+        "norms": norms,
+    }
+
+
+def _memory(config: PlanConfig, per_gpu: int) -> str:
+    """Memory by part at the micro-batch that is set, or at the largest that fits."""
+    memory_gib = config.gpu_memory_gib or GPU_MEMORY_GIB[config.gpu]
+    largest = largest_micro_batch(config, config.num_gpus, memory_gib * GIB)
+    size = max(largest, 1) if config.micro_batch_size == "auto" else config.micro_batch_size
+    if per_gpu % size:
+        raise SettingError(
+            f"micro_batch_size={size} does not divide the {per_gpu} sequences of a GPU's step "
+            f"(batch_tokens={config.batch_tokens}, seq_len={config.seq_len}, num_gpus={config.num_gpus})."
+        )
+    parts = memory_parts(config, config.num_gpus, size)
+    lines = [
+        f"Memory per GPU in GiB, ZeRO {config.engine.zero_stage}, {config.num_gpus} GPU(s), "
+        f"micro-batch of {size} x {config.seq_len} tokens:"
+    ]
+    lines += [f"  {name:<24}{value / GIB:>18.2f}" for name, value in parts.items()]
+    peak_gib = sum(parts.values()) / GIB
+    lines += [f"  {'predicted peak':<24}{peak_gib:>18.2f}  of {memory_gib:g} ({peak_gib / memory_gib:.0%})"]
+    if largest:
+        lines += [f"  {'largest micro-batch':<24}{largest:>18}  sequences of the {per_gpu} a step"]
+    else:
+        lines += [
+            f"Does not fit: not even one sequence of {config.seq_len} tokens. Try a shorter seq_len, "
+            "model.activation_checkpointing=full,\nmore GPUs with engine=zero3, or engine=zero2_offload."
+        ]
+    return "\n".join(lines)
+
+
+def _time(config: PlanConfig) -> str:
+    """Speed at the assumed share of the peak, and the time for the tokens."""
+    flops = config.assumed_mfu * PEAK_FLOPS[config.gpu]
+    speed = predicted_tokens_per_second(config, config.num_gpus, flops)
+    tokens = config.tokens or config.max_steps * config.batch_tokens
+    return (
+        f"At an assumed MFU of {config.assumed_mfu:.0%} of {config.gpu}'s "
+        f"{PEAK_FLOPS[config.gpu] / 1e12:g} TFLOP/s: {speed:,.0f} tokens/s "
+        f"({speed / config.num_gpus:,.0f} a GPU), {1000 * config.batch_tokens / speed:,.0f} ms a step;\n"
+        f"{tokens:,.0f} tokens take {_long_duration(tokens / speed)} "
+        f"({config.num_gpus * tokens / speed / 3600:,.1f} GPU hours)."
+    )
+
+
+def _long_duration(seconds: float) -> str:
+    """As metrics.duration, and days from two days on."""
+    days = seconds / 86400
+    return duration(seconds) if days < 2 else f"{days:,.1f} days"
+
+
+if __name__ == "__main__":
+    run_command(main, PlanConfig, __doc__, "train")

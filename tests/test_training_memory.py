@@ -1,0 +1,154 @@
+"""The memory estimate against what autograd really keeps, hand-made sums, and the micro-batch it leads to."""
+
+import pytest
+import torch
+
+from models.config import ModelConfig
+from models.transnormer import TransNormer
+from training.config import TrainConfig, compose
+from training.errors import SettingError
+from training.memory import (
+    GPU_MEMORY_GIB,
+    activation_bytes_per_token,
+    find_gpu,
+    largest_micro_batch,
+    layer_activation_bytes,
+    loss_bytes,
+    memory_parts,
+    resolve_micro_batch,
+    state_parts,
+    with_vocabulary,
+)
+from training.metrics import PEAK_FLOPS
+
+CPU = torch.device("cpu")
+LLAMA = {"attention": "softmax", "norm": "rmsnorm", "channel_mixer": "swiglu", "lrpe": "none"}
+
+
+def settings(*arguments: str) -> TrainConfig:
+    return with_vocabulary(compose(TrainConfig, list(arguments), "train"))
+
+
+def saved_bytes_per_token(config: ModelConfig, tokens: torch.Tensor) -> float:
+    """Bytes of all different storages that autograd keeps in a bf16 forward, weights left out."""
+    model = TransNormer(config).bfloat16()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features, _ = model.model(tokens, torch.bfloat16, None, None)
+    assert features.requires_grad
+    return sum(storage.nbytes() for storage in storages.values()) / tokens.numel()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gate": "none"},
+        {"gate": "low_rank"},
+        {"lrpe": "all"},
+        {"attention": "quadratic"},
+        {"softmax_every": 2},
+        LLAMA,
+        {"activation_checkpointing": "full"},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())) or "default",
+)
+def test_activations_are_those_that_autograd_keeps(changes):
+    config = ModelConfig(vocab_size=300, num_layers=4, hidden_size=256, num_heads=4, glu_size=704, **changes)
+    measured = saved_bytes_per_token(config, torch.randint(0, 300, (4, 256)))
+    largest_layer = max(sum(layer_activation_bytes(config, layer).values()) for layer in range(4))
+    layers_in_backward = 2 if config.activation_checkpointing == "full" else 1
+    kept_by_the_head = 2 * config.hidden_size  # which does not run here
+    estimate = activation_bytes_per_token(config) - layers_in_backward * largest_layer - kept_by_the_head
+    assert estimate == pytest.approx(measured, rel=0.03)
+
+
+def test_activations_by_hand():
+    config = ModelConfig(vocab_size=100, num_layers=2, hidden_size=64, num_heads=4, glu_size=160, lrpe="none")
+    # norms 3 · 6 D, q k v u 8 D, activated q and k 4 D, gated output 2 D, channel mixer 6 G
+    assert sum(layer_activation_bytes(config, 1).values()) == 32 * 64 + 6 * 160
+    # fp32 compute doubles what is kept in bf16 and leaves the norms' fp32 copies
+    assert sum(layer_activation_bytes(config, 1, 4).values()) == 2 * (20 * 64 + 6 * 160) + 12 * 64
+
+
+def test_loss_holds_one_chunk_of_logits():
+    config = ModelConfig(vocab_size=64000, hidden_size=64)
+    few = loss_bytes(config, 10)
+    assert few == 10 * 64000 * 20 + 2 * 10 * 64 + 6 * 64000 * 64
+    many, more = loss_bytes(config, 100_000), loss_bytes(config, 100_001)
+    assert more - many == 2 * 64  # only the features' gradient still grows
+
+
+@pytest.mark.parametrize(
+    ("engine", "num_ranks", "bytes_per_parameter"),
+    [
+        ("zero0", 4, 6 + 4 + 8),
+        ("zero1", 1, 2 + 2 + 4 + 4 + 8),
+        ("zero1", 4, 2 + 2 + 4 + 12 / 4),
+        ("zero2", 4, 2 + 2 + 16 / 4),
+        ("zero2_offload", 4, 2 + 2),
+        ("zero3", 4, 20 / 4),
+        ("zero3_offload", 4, 2 / 4),
+    ],
+)
+def test_state_by_hand(engine, num_ranks, bytes_per_parameter):
+    config = settings(f"engine={engine}", "tokenizer=bytes")
+    parts = state_parts(config, num_ranks)
+    buffers = parts.pop("communication buffers")
+    assert sum(parts.values()) == pytest.approx(bytes_per_parameter * config.model.num_parameters())
+    assert (buffers > 0) == (config.engine.zero_stage >= 2)
+
+
+def test_parts_grow_with_the_micro_batch():
+    config = settings("tokenizer=bytes")
+    one, two = memory_parts(config, 1, 1), memory_parts(config, 1, 2)
+    assert two["activations"] == 2 * one["activations"]
+    assert [name for name in one if one[name] != two[name]] == ["activations", "loss"]
+
+
+def test_largest_micro_batch_is_the_last_that_fits():
+    config = settings("model=tnl-385m", "model.vocab_size=64000", "seq_len=2048", "batch_tokens=131072")
+    memory = 40 * 2**30
+    size = largest_micro_batch(config, 1, memory)
+    assert size == 8
+    assert sum(memory_parts(config, 1, size).values()) <= 0.9 * memory
+    assert sum(memory_parts(config, 1, 2 * size).values()) > 0.9 * memory
+    assert largest_micro_batch(config, 1, 2**30) == 0
+
+
+def test_resolve_micro_batch():
+    config = settings("seq_len=1024", "batch_tokens=65536", "tokenizer=bytes")
+    assert resolve_micro_batch(config, 1, CPU, None) == 8
+    assert resolve_micro_batch(config, 2, CPU, 16) == 16  # what the run used before
+    long = settings("seq_len=32768", "batch_tokens=65536", "tokenizer=bytes")
+    assert resolve_micro_batch(long, 1, CPU, None) == 1
+    fixed = settings("micro_batch_size=3", "tokenizer=bytes")
+    with pytest.raises(SettingError, match=r"micro_batch_size=3 .* 64 sequences .*1, 2, 4, 8, 16, 32, 64"):
+        resolve_micro_batch(fixed, 1, CPU, None)
+    with pytest.raises(SettingError, match=r"batch_tokens=65536 .* 3 ranks .*multiple of 3072"):
+        resolve_micro_batch(config, 3, CPU, None)
+
+
+def test_vocabulary_follows_the_tokenizer():
+    assert settings("tokenizer=bytes").model.vocab_size == 260
+    assert settings("tokenizer.vocab_size=512").model.vocab_size == 512
+    assert settings("model.vocab_size=999").model.vocab_size == 999
+    with pytest.raises(SettingError, match=r"model\.vocab_size .*tokenizer=file"):
+        settings("tokenizer=file", "tokenizer.path=x")
+
+
+def test_gpus_by_name():
+    assert find_gpu("h200") == find_gpu("NVIDIA H200") == "H200"
+    assert find_gpu("NVIDIA H100 80GB HBM3") == "H100"
+    assert find_gpu("NVIDIA H100 PCIe") == find_gpu("h100-pcie") == "H100 PCIe"
+    assert find_gpu("NVIDIA GeForce RTX 4090") == find_gpu("rtx-4090") == "RTX 4090"
+    assert find_gpu("abacus") is None
+    assert GPU_MEMORY_GIB.keys() == PEAK_FLOPS.keys()
