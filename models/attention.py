@@ -59,7 +59,7 @@ class LRPE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.shape = (config.num_heads, 1, config.head_dim)
-        self.theta = nn.Parameter(torch.empty(self.shape))
+        self.theta = nn.Parameter(torch.empty(self.shape, dtype=torch.float32))
         self.theta_fp32: Tensor | None = None
 
     def initial_theta(self) -> Tensor:
@@ -102,13 +102,16 @@ class GatedLinearAttention(nn.Module):
         self.out_proj = Linear(hidden, hidden)
         self.norm = make_norm(config)
         self.lrpe = LRPE(config) if config.uses_lrpe(layer) else None
-        self.register_buffer("slopes", torch.tensor(layer_slopes(config, layer)), persistent=False)
+        self.register_buffer("slopes", self.fp32_slopes(None), persistent=False)
+
+    def fp32_slopes(self, device: torch.device | None) -> Tensor:
+        """(H,) from the settings."""
+        return torch.tensor(layer_slopes(self.config, self.layer), dtype=torch.float32, device=device)
 
     def _apply(self, fn, recurse: bool = True):
         """Follow moves between devices, but keep the slopes in fp32 when the model is cast."""
         super()._apply(fn, recurse)
-        slopes = layer_slopes(self.config, self.layer)
-        self.slopes = torch.tensor(slopes, dtype=torch.float32, device=self.slopes.device)
+        self.slopes = self.fp32_slopes(self.slopes.device)
         return self
 
     def forward(

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.transnormer import DecodeState
-
-PREFILL_TOKENS = 4096  # a longer prompt is read in chunks of this length
+from models.transnormer import PREFILL_TOKENS, DecodeState
 
 
 @dataclass(kw_only=True, slots=True)

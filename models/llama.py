@@ -1,7 +1,7 @@
 """Causal softmax attention with RoPE: the token mixer of the Llama baseline and of hybrid stacks.
 
 Shapes: B batch, N sequence, H heads, d head dim. The cache of a layer is (k, v), each (B, S, H, d) with S
-the tokens seen so far: unlike the linear state it grows.
+the tokens seen so far: unlike the linear state it grows. Packed sequences have a list of such pairs, B = 1.
 """
 
 from __future__ import annotations
@@ -40,19 +40,18 @@ class SoftmaxAttention(nn.Module):
         x: Tensor,
         positions: Tensor,
         cu_seqlens: Tensor | None,
-        state: tuple[Tensor, Tensor] | None,
+        state: tuple | list | None,
         keep_state: bool,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, tuple | list | None]:
         """x (B, N, D) → output (B, N, D) and, if `keep_state`, the keys and values seen so far."""
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in self.qkv_proj(x).chunk(3, dim=-1))
         q, k = apply_rope(q, positions, self.rope_base), apply_rope(k, positions, self.rope_base)
+        if cu_seqlens is not None:
+            o, state = packed_causal_attention(q, k, v, cu_seqlens, state, keep_state)
+            return self.out_proj(o.flatten(-2)), state
         if state is not None:
             k, v = torch.cat([state[0], k], dim=1), torch.cat([state[1], v], dim=1)
-        if cu_seqlens is None:
-            o = causal_attention(q, k, v)
-        else:
-            o = packed_causal_attention(q, k, v, cu_seqlens)
-        return self.out_proj(o.flatten(-2)), (k, v) if keep_state else None
+        return self.out_proj(causal_attention(q, k, v).flatten(-2)), (k, v) if keep_state else None
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -66,18 +65,23 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-def packed_causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Causal attention within each of the sequences packed into (1, T, H, d)."""
-    if q.is_cuda and q.dtype != torch.float32:
+def packed_causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, state: list | None, keep_state: bool
+) -> tuple[Tensor, list | None]:
+    """Causal attention within each of the sequences packed into (1, T, H, d), which `state` may begin."""
+    if state is None and not keep_state and q.is_cuda and q.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
 
         longest = q.shape[1]  # an upper bound spares a device-to-host copy of the lengths
         o = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
-        return o[None]
-    bounds = cu_seqlens.tolist()
-    pieces = [
-        causal_attention(q[:, start:stop], k[:, start:stop], v[:, start:stop])
-        for start, stop in itertools.pairwise(bounds)
-        if stop > start
-    ]
-    return torch.cat(pieces, dim=1)
+        return o[None], None
+    outputs, next_state = [], []
+    for sequence, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        keys, values = k[:, start:stop], v[:, start:stop]
+        if state is not None:
+            keys = torch.cat([state[sequence][0], keys], dim=1)
+            values = torch.cat([state[sequence][1], values], dim=1)
+        next_state.append((keys, values))
+        if stop > start:
+            outputs.append(causal_attention(q[:, start:stop], keys, values))
+    return torch.cat(outputs, dim=1), next_state if keep_state else None

@@ -19,13 +19,15 @@ from models.config import ModelConfig
 from models.layers import Embedding, GatedLinearUnit, LMHead, make_norm
 from models.llama import SoftmaxAttention
 
+PREFILL_TOKENS = 4096  # a longer prompt is read in chunks of this length
+
 
 @dataclass
 class DecodeState:
     """What generation carries from token to token: passed in and returned, never kept on a module."""
 
-    position: int = 0  # tokens seen so far
-    layers: list[Any] = field(default_factory=list)  # fp32 (B, H, Dk, Dv), or (k, v) of a softmax layer
+    position: int | Tensor = 0  # tokens seen so far; (B,) int64 where sequences differ
+    layers: list[Any] = field(default_factory=list)  # fp32 (B, H, Dk, Dv), or the cache of a softmax layer
 
 
 class Block(nn.Module):
@@ -76,7 +78,8 @@ class Backbone(nn.Module):
                 x, layer_state = block(*arguments)
             next_layers.append(layer_state)
         if state is not None:
-            state = DecodeState(start + tokens.shape[1], next_layers)
+            lengths = tokens.shape[1] if cu_seqlens is None else cu_seqlens.diff().long()
+            state = DecodeState(start + lengths, next_layers)
         return self.final_norm(x), state
 
 
@@ -129,7 +132,8 @@ class TransNormer(nn.Module):
             targets: (B, N) int64, -100 where not scored; None for logits.
             cu_seqlens: (num_sequences + 1,) int32, B = 1: sequences packed one after another; attention
                 and positions restart at each.
-            state: carries a sequence over several calls; given and returned.
+            state: carries sequences over several calls; given and returned. With cu_seqlens, one part of
+                it belongs to each packed sequence.
             reduction: of the loss, "sum" or "none" (per token, no gradients).
             last_only: give logits of the last token only, (B, 1, V).
 
@@ -137,20 +141,23 @@ class TransNormer(nn.Module):
             With `targets`, the fp32 loss in nats: a scalar, or (B, N) for "none". Otherwise logits
             (B, N, V). With `state`, a pair of that and the next state.
         """
-        if state is not None and cu_seqlens is not None:
-            raise ValueError(
-                "state and cu_seqlens exclude each other: a carried sequence can't be a packed one."
-            )
         dtype = self.compute_dtype or self.lm_head.weight.dtype
         x, next_state = self.model(tokens, dtype, cu_seqlens, state)
         out = self.lm_head(x[:, -1:] if last_only else x, targets, reduction)
         return out if state is None else (out, next_state)
 
 
-def token_positions(length: int, start: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """Position of each token in its own sequence, (1, N) int64."""
-    positions = torch.arange(start, start + length, device=device)
-    if cu_seqlens is not None:
-        sequence = torch.searchsorted(cu_seqlens, positions, right=True) - 1
-        positions = positions - cu_seqlens[sequence].long()
-    return positions[None]
+def token_positions(
+    length: int, start: int | Tensor, cu_seqlens: Tensor | None, device: torch.device
+) -> Tensor:
+    """Position of each token in its own sequence, (1 or B, N) int64.
+
+    Args:
+        start: tokens that each sequence has had before: one number, or (num_sequences,) int64.
+    """
+    index = torch.arange(length, device=device)
+    if cu_seqlens is None:
+        return index + (start[:, None] if isinstance(start, Tensor) else start)
+    sequence = torch.searchsorted(cu_seqlens, index, right=True) - 1
+    start = start[sequence] if isinstance(start, Tensor) else start
+    return (index - cu_seqlens[sequence] + start)[None]

@@ -1,10 +1,10 @@
-"""Trained models from files: a run folder, one checkpoint, a glob of them, or a Hugging Face export."""
+"""Trained models from files: a run folder, one checkpoint, a glob of them, an import or an export."""
 
 from __future__ import annotations
 
 import glob
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from training.checkpoint import (
     open_checkpoint,
 )
 from training.config import load_saved_config, model_config_from
+from training.model_folder import is_model_folder, open_model_folder
 from training.run_folder import RunFolder
 
 
@@ -29,9 +30,9 @@ class TrainedModel:
 
     Attributes:
         path: the checkpoint or export it came from.
-        run_dir: the run folder around it, if it lies in one.
-        step: optimizer steps; None for an export.
-        settings: the saved settings of its run (config.yaml).
+        run_dir: the run folder around it, if it lies in one; an import or export is its own.
+        step: optimizer steps; None for an import or export.
+        settings: the saved settings of its run (config.yaml); of an import or export model and precision.
         hash: equal for equal weights and settings.
     """
 
@@ -70,26 +71,28 @@ def find_models(spec: str, log: Callable[[str], None] = print) -> list[Path]:
                 f"checkpoint={spec}: none of its {found} checkpoints is complete and undamaged."
             )
         return [newest.folder]
-    if (path / MANIFEST).exists() or (path / "state.json").exists():
+    if (path / MANIFEST).exists() or (path / "state.json").exists() or is_model_folder(path):
         return [path]
     raise CheckpointError(f"checkpoint={spec}: neither a run folder nor a checkpoint nor an export.")
 
 
 def load_model(path: Path, device: torch.device | str = "cpu", precision: str | None = None) -> TrainedModel:
-    """Load a checkpoint's fp32 master weights for inference, in eval mode.
+    """Load a checkpoint's fp32 master weights, or an import's or export's weights, in eval mode.
 
     Args:
-        precision: "bf16" or "fp32"; None takes what the run was trained in. LRPE's frequencies stay fp32.
+        precision: "bf16" or "fp32"; None takes what the run was trained in, or what an import or export is
+            stored in. LRPE's frequencies stay fp32.
 
     Raises:
         CheckpointError: damaged, or of another model than its settings say.
     """
+    if is_model_folder(path):
+        return _load_model_folder(path, device, precision)
     checkpoint = open_checkpoint(path)
     settings = load_saved_config(path / "config.yaml")
     config = model_config_from(settings, path / "config.yaml")
     model = build_model(config, checkpoint.weights(), path)
-    precision = precision or settings["engine"]["precision"]
-    model.to(device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32).eval()
+    _prepare(model, device, precision or settings["engine"]["precision"])
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
     return TrainedModel(
         model=model,
@@ -101,6 +104,33 @@ def load_model(path: Path, device: torch.device | str = "cpu", precision: str | 
         settings=settings,
         hash=checkpoint.hash,
     )
+
+
+def _load_model_folder(path: Path, device: torch.device | str, precision: str | None) -> TrainedModel:
+    folder = open_model_folder(path)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > folder.config.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, config.json a vocab_size of "
+            f"{folder.config.vocab_size}. They belong to different models."
+        )
+    model = build_model(folder.config, folder.weights(), path)
+    stored = "bf16" if folder.dtype == "bfloat16" else "fp32"
+    _prepare(model, device, precision or stored)
+    return TrainedModel(
+        model=model,
+        tokenizer=tokenizer,
+        path=path,
+        run_dir=path,
+        step=None,
+        tokens=None,
+        settings={"model": asdict(folder.config), "engine": {"precision": stored}},
+        hash=folder.hash,
+    )
+
+
+def _prepare(model: TransNormer, device: torch.device | str, precision: str) -> None:
+    model.to(device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32).eval()
 
 
 def build_model(config: ModelConfig, weights: dict[str, torch.Tensor], where: Path) -> TransNormer:
@@ -141,8 +171,9 @@ def load_initial_weights(model: TransNormer, spec: str, tokenizer: Tokenizer) ->
     source = find_models(spec)[-1]
     trained = load_model(source, precision="fp32")
     if trained.tokenizer.fingerprint != tokenizer.fingerprint:
+        where = source if is_model_folder(source) else source / "tokenizer"
         raise CheckpointError(
-            f"init_from={spec} has another tokenizer: use tokenizer=file tokenizer.path={source}/tokenizer."
+            f"init_from={spec} has another tokenizer: use tokenizer=file tokenizer.path={where}."
         )
     weights = dict(trained.model.named_parameters())
     check_weights(model, {name: tuple(weight.shape) for name, weight in weights.items()}, source)

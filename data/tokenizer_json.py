@@ -1,0 +1,133 @@
+"""Our tokenizers as the `tokenizer.json` that transformers' AutoTokenizer loads without any code.
+
+Ids and text are those of data/tokenizer.py, with one addition: BOS is put first where special tokens are
+asked for. Special tokens spelled out in a text stay text (`split_special_tokens`), except with a unigram
+model that has no piece for "<".
+"""
+
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+from data.errors import DataError
+from data.files import write_atomically, write_json
+from data.tokenizer import (
+    ESCAPE,
+    ESCAPED_ESCAPE,
+    ESCAPED_SPACE_MARK,
+    SPACE_MARK,
+    ByteTokenizer,
+    CharacterTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+)
+from data.tokenizer import Tokenizer as OurTokenizer
+
+SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0 to 3 of the tokenizers that have no pieces of their own
+NEVER = -1e4  # unigram score of a piece that is not text, below any spelling of it
+
+
+def save_for_transformers(tokenizer: OurTokenizer, folder: Path) -> None:
+    """Write the tokenizer into a folder so that both `load_tokenizer` and AutoTokenizer read it.
+
+    Raises:
+        DataError: a SentencePiece model that normalizes text in a way that has no counterpart.
+    """
+    tokenizer.save(folder)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return
+    converted, specials = _convert(tokenizer)
+    bos = specials["bos_token"]
+    converted.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
+    )
+    converted.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in dict.fromkeys(specials.values())]
+    )
+    write_atomically(folder / "tokenizer.json", converted.to_str().encode())
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    write_json(folder / "tokenizer_config.json", settings | specials)
+
+
+def _convert(tokenizer: OurTokenizer) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer in the tokenizers library, and its special tokens by role."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return _convert_sentencepiece(tokenizer)
+    pad, bos, eos, unk = SPECIALS
+    if isinstance(tokenizer, ByteTokenizer):
+        pieces = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    elif isinstance(tokenizer, CharacterTokenizer):
+        pieces = [*SPECIALS, *tokenizer.characters]
+    else:
+        raise DataError(f"a tokenizer of kind {tokenizer.kind} can't be written for transformers")
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    is_bytes = isinstance(tokenizer, ByteTokenizer)
+    converted = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[], unk_token=unk, byte_fallback=is_bytes, fuse_unk=False)
+    )
+    steps = [decoders.ByteFallback()] if is_bytes else []
+    converted.decoder = decoders.Sequence([*steps, decoders.Fuse()])
+    roles = {"pad_token": pad, "bos_token": bos, "eos_token": eos, "unk_token": unk}
+    return converted, roles
+
+
+def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Tokenizer, dict[str, str]]:
+    processor = tokenizer._processor
+    pieces = [processor.id_to_piece(index) for index in range(processor.vocab_size())]
+    scores = [processor.get_score(index) for index in range(processor.vocab_size())]
+    unk = pieces[processor.unk_id()]
+    is_text = [
+        not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))
+        for i in range(len(pieces))
+    ]
+    # BPE scores are minus the merge's rank; unigram scores are log probabilities
+    if all(score == int(score) for score, text in zip(scores, is_text, strict=True) if text):
+        vocabulary = {piece: index for index, piece in enumerate(pieces)}
+        merges = _merges({p: s for p, s, text in zip(pieces, scores, is_text, strict=True) if text})
+        model = models.BPE(vocab=vocabulary, merges=merges, unk_token=unk, byte_fallback=True, fuse_unk=True)
+    else:
+        scored = [(p, s if text else NEVER) for p, s, text in zip(pieces, scores, is_text, strict=True)]
+        model = models.Unigram(scored, processor.unk_id(), byte_fallback=True)
+    converted = Tokenizer(model)
+    steps = [
+        normalizers.Replace(ESCAPE, ESCAPED_ESCAPE),
+        normalizers.Replace(SPACE_MARK, ESCAPED_SPACE_MARK),
+        normalizers.Replace(" ", SPACE_MARK),
+    ]
+    unescape = [
+        decoders.Replace(SPACE_MARK, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Replace(ESCAPED_SPACE_MARK, SPACE_MARK),
+        decoders.Replace(ESCAPED_ESCAPE, ESCAPE),
+    ]
+    if tokenizer._has_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE_MARK))
+        unescape.append(decoders.Strip(" ", 1, 0))
+    converted.normalizer = normalizers.Sequence(steps)
+    converted.decoder = decoders.Sequence(unescape)
+    roles = {
+        "pad_token": pieces[tokenizer.pad_id],
+        "bos_token": pieces[tokenizer.bos_id],
+        "eos_token": pieces[tokenizer.eos_id],
+        "unk_token": unk,
+    }
+    return converted, roles
+
+
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Pairs of pieces that join into a piece, best first: by the score of the whole, then of its parts."""
+    ranked = []
+    for whole, score in scores.items():
+        splits = [(whole[:cut], whole[cut:]) for cut in range(1, len(whole))]
+        splits = [(left, right) for left, right in splits if left in scores and right in scores]
+        splits.sort(key=lambda pair: (-scores[pair[0]], -scores[pair[1]]))
+        ranked += [(-score, pair) for pair in splits]
+    ranked.sort(key=lambda entry: entry[0])  # stable: splits stay in order
+    return [pair for _, pair in ranked]

@@ -1,0 +1,309 @@
+"""The model in Hugging Face transformers: `TransnormerConfig` and `TransnormerForCausalLM`.
+
+The modules and their names are those of models/transnormer.py, so one state dict serves both. Tokens that an
+attention mask hides are taken out before the first layer and put back after the last: they enter no state,
+decay nothing and have no position. transformers 4.57 calls the cache `past_key_values`, later ones `cache`.
+
+Shapes: B batch, N new tokens, S all tokens so far, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from models.attention import LRPE, GatedLinearAttention
+from models.config import ModelConfig
+from models.layers import IGNORED, LMHead
+from models.published import model_config_from_published, published_fields
+from models.transnormer import PREFILL_TOKENS, Backbone, DecodeState
+
+# what transformers passes along that changes nothing here: positions follow from the mask
+IGNORED_ARGUMENTS = ("position_ids", "cache_position", "num_items_in_batch", "return_dict")
+
+
+# the name that this version of transformers gives the cache
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class TransnormerConfig(PretrainedConfig):
+    """The fields of the published checkpoints' config.json (models/published.py).
+
+    Example:
+        TransnormerConfig(vocab_size=64000, decoder_embed_dim=1024, decoder_layers=24,
+                          decoder_attention_heads=8, glu_dim=2816)
+    """
+
+    model_type = "transnormer"
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "decoder_embed_dim",
+        "num_hidden_layers": "decoder_layers",
+        "num_attention_heads": "decoder_attention_heads",
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 64000,
+        decoder_embed_dim: int = 1024,
+        decoder_layers: int = 24,
+        decoder_attention_heads: int = 8,
+        glu_dim: int = 2816,
+        pad_token_id: int | None = 0,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | None = 2,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = True,
+        **fields: Any,
+    ) -> None:
+        sizes = {
+            "vocab_size": vocab_size,
+            "decoder_embed_dim": decoder_embed_dim,
+            "decoder_layers": decoder_layers,
+            "decoder_attention_heads": decoder_attention_heads,
+            "glu_dim": glu_dim,
+            "tie_word_embeddings": tie_word_embeddings,
+        }
+        architecture = published_fields(model_config_from_published(sizes | fields))
+        for name, value in architecture.items():
+            setattr(self, name, value)
+        self.use_cache = use_cache
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **{name: value for name, value in fields.items() if name not in architecture},
+        )
+
+    def architecture(self) -> ModelConfig:
+        """The same as the repository's own settings."""
+        return model_config_from_published(self.to_dict())
+
+
+class TransnormerCache:
+    """What generation carries: the state of every layer, of one size whatever the text's length.
+
+    Attributes:
+        num_seen: columns of input ids read so far, padding included.
+    """
+
+    is_linear = (False,)  # of transformers' protocol: inputs are sliced by get_seq_length
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.state = DecodeState()
+        self.num_seen = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.num_seen
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the state of sequence beam_idx[i] for sequence i, as beam search asks."""
+        position = self.state.position
+        if isinstance(position, Tensor):
+            position = position[beam_idx.to(position.device)]
+        self.state = DecodeState(position, [_select(layer, beam_idx) for layer in self.state.layers])
+
+
+def _select(layer: Tensor | list, index: Tensor) -> Tensor | list:
+    if isinstance(layer, list):  # of a softmax layer: one (k, v) a sequence
+        return [layer[i] for i in index.tolist()]
+    return layer.index_select(0, index.to(layer.device))
+
+
+class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
+    """A TransNormer (or one of its baselines) as transformers expects a causal language model."""
+
+    config_class = TransnormerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+    _is_stateful = True  # a state can't be rolled back: no assisted decoding
+    _no_split_modules = ("Block",)
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: TransnormerConfig) -> None:
+        super().__init__(config)
+        architecture = config.architecture()
+        self.model = Backbone(architecture)
+        self.lm_head = LMHead(architecture.hidden_size, architecture.vocab_size)
+        has_lrpe = any(isinstance(module, LRPE) for module in self.modules())
+        self._keep_in_fp32_modules_strict = ["theta"] if has_lrpe else None
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill what a checkpoint does not hold: the slopes always, weights where they are missing."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, 0.0, self.config.init_std)
+        elif isinstance(module, GatedLinearAttention):
+            module.slopes = module.fp32_slopes(module.slopes.device)
+        elif isinstance(module, LRPE):
+            if not getattr(module.theta, "_is_hf_initialized", False):
+                module.theta.copy_(module.initial_theta())
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif "weight" in dict(module.named_parameters(recurse=False)):  # RMSNorm
+            nn.init.ones_(module.weight)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **_: Any
+    ) -> None:
+        """Recompute every block in backward; always without reentrancy, whichever function is given."""
+        self.gradient_checkpointing = enable
+        mode = "full" if enable else "none"
+        self.model.config = replace(self.model.config, activation_checkpointing=mode)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes a TransnormerCache
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: TransnormerCache | None = None,
+        cache: TransnormerCache | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """The tokens that the cache has not seen, of which only the last one's logits are wanted."""
+        cache = past_key_values if cache is None else cache
+        whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        elif cache is not None and whole:
+            input_ids = input_ids[:, cache.num_seen :]
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "cache": cache,
+            "use_cache": use_cache,
+            "logits_to_keep": 1,
+        }
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: TransnormerCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache: TransnormerCache | None = None,
+        **arguments: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """
+        Args:
+            input_ids: (B, N) int64.
+            attention_mask: (B, N) or (B, S), 0 for padding on either side; only its last N columns count.
+            past_key_values: the cache that an earlier call returned, also accepted as `cache`.
+            labels: (B, N), -100 where not scored; shifted here.
+            logits_to_keep: logits of the last so many tokens only (0: all), or of these positions.
+
+        Raises:
+            ValueError: an argument that this model can't honour.
+        """
+        _refuse(arguments)
+        cache = past_key_values if cache is None else cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
+        if cache is None and use_cache:
+            cache = TransnormerCache()
+        real = self._real_tokens(input_ids, attention_mask)
+        keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        x = self._features(input_ids, real, cache, keep)
+        logits = self.lm_head(x if isinstance(logits_to_keep, int) else x[:, logits_to_keep])
+        loss = None
+        if labels is not None:
+            loss = _mean_loss(logits, labels, real, arguments.get("num_items_in_batch"))
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
+        return output if arguments.get("return_dict") is not False else output.to_tuple()
+
+    def _real_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """(B, N) bool, False for padding; None if there is none."""
+        if attention_mask is None:
+            return None
+        if attention_mask.dim() != 2 or attention_mask.shape[1] < input_ids.shape[1]:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; allowed: (batch, tokens so far)."
+            )
+        real = attention_mask[:, -input_ids.shape[1] :].bool()
+        return None if bool(real.all()) else real
+
+    def _features(
+        self, input_ids: Tensor, real: Tensor | None, cache: TransnormerCache | None, keep: int
+    ) -> Tensor:
+        """(B, N) → (B, N or the last `keep`, D); a long prompt is read in chunks, which saves memory."""
+        length = input_ids.shape[1]
+        chunk = PREFILL_TOKENS if cache is not None and not torch.is_grad_enabled() else length
+        x = None
+        for start in range(0, length, chunk):
+            columns = slice(start, start + chunk)
+            part = self._read(input_ids[:, columns], None if real is None else real[:, columns], cache)
+            x = (part if x is None else torch.cat([x, part], dim=1))[:, -keep:]
+        return x
+
+    def _read(self, tokens: Tensor, real: Tensor | None, cache: TransnormerCache | None) -> Tensor:
+        """Features of one chunk (B, N, D), zero for padding; advances the cache."""
+        state = None if cache is None else cache.state
+        dtype = self.lm_head.weight.dtype
+        if real is None and state is not None and any(map(self.model.config.uses_softmax, self._layers())):
+            real = torch.ones_like(tokens, dtype=torch.bool)  # a cache of keys is kept sequence by sequence
+        if real is None:
+            x, state = self.model(tokens, dtype, None, state)
+        else:
+            x = torch.zeros(*tokens.shape, self.config.decoder_embed_dim, dtype=dtype, device=tokens.device)
+            cu_seqlens = F.pad(real.sum(1).cumsum(0), (1, 0)).int()
+            if bool(real.any()):
+                packed, state = self.model(tokens[real][None], dtype, cu_seqlens, state)
+                x = x.masked_scatter(real[..., None], packed)
+        if cache is not None:
+            cache.state = state
+            cache.num_seen += tokens.shape[1]
+        return x
+
+    def _layers(self) -> range:
+        return range(self.config.decoder_layers)
+
+
+def _refuse(arguments: dict[str, Any]) -> None:
+    unknown = [
+        name
+        for name, value in arguments.items()
+        if name not in IGNORED_ARGUMENTS and value is not None and value is not False
+    ]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: this model has no such argument, or can't honour it.")
+
+
+def _mean_loss(logits: Tensor, labels: Tensor, real: Tensor | None, num_items: Any) -> Tensor:
+    """Summed cross entropy of each next token, over `num_items` or over the scored ones, in fp32."""
+    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].to(logits.device)
+    if real is not None:
+        targets = targets.masked_fill(~real, IGNORED)
+    total = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / ((targets != IGNORED).sum() if num_items is None else num_items)

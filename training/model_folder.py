@@ -1,0 +1,319 @@
+"""A model's folder in the published layout: a checkpoint from elsewhere, an import, or an export.
+
+config.json                     the fields of models/published.py, and transformers' own
+model.safetensors               or model-00001-of-00002.safetensors … with model.safetensors.index.json
+tokenizer.model, tokenizer.json … as data/tokenizer.py reads them
+modeling_transnormer.py         for transformers; never read by us
+
+Everything read is checked first: no link is followed, nothing is unpickled or executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.files import (
+    check_plain_name,
+    explain_write_errors,
+    open_regular,
+    read_json_object,
+    sha256_of,
+    sync_folder,
+    write_atomically,
+    write_json,
+)
+from data.tokenizer import Tokenizer
+from data.tokenizer_json import save_for_transformers
+from models.config import ModelConfig
+from models.published import FIELDS, model_config_from_published, published_fields
+from models.standalone import FILE_NAME, standalone_source
+from models.transnormer import TransNormer
+from training.checkpoint import CheckpointError
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+JSON_LIMIT_BYTES = 64 * 2**20
+SHARD_BYTES = 5 * 10**9
+# fields of transformers that don't change what the model computes
+METADATA_FIELDS = (
+    "_name_or_path",
+    "add_bos_token",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "model_type",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+MIXER = "model.layers.0.token_mixer."
+# code that published folders and our exports bring along; we have our own of it
+KNOWN_CODE = re.compile(r"(configuration|modeling)_transnormer\.\w+")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True)
+class ModelFolder:
+    """A folder whose config.json and tensor names have been read and checked.
+
+    Attributes:
+        files: tensor name to the safetensors file that holds it.
+        dtype: of the stored weights, as config.json says ("float32" if it does not).
+    """
+
+    path: Path
+    config: ModelConfig
+    files: dict[str, Path]
+    dtype: str
+
+    @property
+    def hash(self) -> str:
+        """Equal for equal settings and weight files."""
+        names = sorted({CONFIG, *(file.name for file in self.files.values())})
+        text = "\n".join(f"{name} {sha256_of(self.path / name)}" for name in names)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters by the model's own names, in their stored dtype; a tied head is left out."""
+        weights: dict[str, Tensor] = {}
+        for file in sorted(set(self.files.values())):
+            with safe_open(file, framework="pt") as tensors:
+                names = [name for name, holder in self.files.items() if holder == file]
+                weights |= {name: tensors.get_tensor(name) for name in names}
+        if self.config.gate == "low_rank":
+            weights = _name_low_rank_gate(weights, self.config, self.path)
+        head = weights.get("lm_head.weight")
+        if self.config.tie_embeddings and head is not None:
+            embedding = weights.get("model.embed_tokens.weight")
+            if embedding is not None and not torch.equal(head, embedding):
+                raise CheckpointError(
+                    f"{self.path / CONFIG}: tie_word_embeddings is true, but lm_head.weight differs from "
+                    "model.embed_tokens.weight. Set it to false."
+                )
+            del weights["lm_head.weight"]
+        return weights
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder has a model's config.json."""
+    return (path / CONFIG).is_file()
+
+
+def open_model_folder(path: Path) -> ModelFolder:
+    """Read and check config.json and the list of tensors.
+
+    Raises:
+        CheckpointError, DataError: names the file and what is wrong with it, in one line.
+    """
+    fields = read_json_object(path / CONFIG, JSON_LIMIT_BYTES)
+    _check_fields(fields, path / CONFIG)
+    files = _tensor_files(path)
+    try:
+        config = model_config_from_published(fields, name=path.resolve().name)
+        if "gate" not in fields:
+            config = replace(config, **_gate_of(path, files, config))
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG}: {error}") from None
+    if "tie_word_embeddings" not in fields:
+        config = replace(config, tie_embeddings=_heads_are_equal(files))
+    dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{path / CONFIG}: dtype={dtype!r} is unknown. Allowed: {', '.join(DTYPES)}.")
+    return ModelFolder(path, config, files, dtype)
+
+
+def _check_fields(fields: dict[str, Any], where: Path) -> None:
+    """Refuse another architecture, fields that nobody here understands, and code."""
+    if fields.get("model_type", "transnormer") != "transnormer":
+        raise CheckpointError(
+            f"{where}: model_type={str(fields['model_type'])[:40]!r}, only 'transnormer' is known."
+        )
+    unknown = sorted(set(fields) - set(FIELDS) - set(METADATA_FIELDS))
+    if unknown:
+        raise CheckpointError(f"{where}: unknown fields {', '.join(unknown)[:200]}.")
+    auto_map = fields.get("auto_map") or {}
+    references = list(auto_map.values()) if isinstance(auto_map, dict) else [auto_map]
+    foreign = [str(name)[:80] for name in references if not KNOWN_CODE.fullmatch(str(name))]
+    if foreign:
+        raise CheckpointError(
+            f"{where}: auto_map asks to run {', '.join(foreign)}: no code of a folder is run. Remove it."
+        )
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """Each tensor's name and file, from the index or the only file."""
+    if (path / INDEX).exists():
+        weight_map = read_json_object(path / INDEX, JSON_LIMIT_BYTES).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{path / INDEX}: has no weight_map.")
+        names = sorted({check_plain_name(name, str(path / INDEX)) for name in weight_map.values()})
+    elif (path / WEIGHTS).exists():
+        names = [WEIGHTS]
+    else:
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+        found = f" {path / pickles[0]} is a pickle, which is never loaded: convert it." if pickles else ""
+        raise CheckpointError(f"{path} holds neither {WEIGHTS} nor {INDEX}.{found}")
+    files: dict[str, Path] = {}
+    for name in names:
+        with _open_tensors(path / name) as tensors:
+            files |= dict.fromkeys(tensors.keys(), path / name)
+    if (path / INDEX).exists():
+        wrong = sorted(key for key in weight_map if files.get(key) != path / weight_map[key])
+        wrong += sorted(set(files) - set(weight_map))
+        if wrong:
+            raise CheckpointError(f"{path / INDEX} does not fit its files: {', '.join(wrong[:5])[:200]}.")
+    return files
+
+
+def _open_tensors(file: Path):
+    """Open a safetensors file, which is no link and no pickle under another name."""
+    os.close(open_regular(file))
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is not a safetensors file ({error}).") from None
+
+
+def _heads_are_equal(files: dict[str, Path]) -> bool:
+    """Tied, as an older config.json leaves unsaid: no head is stored, or it equals the embedding."""
+    if "lm_head.weight" not in files or "model.embed_tokens.weight" not in files:
+        return True
+    tensors = []
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        with _open_tensors(files[name]) as file:
+            tensors.append(file.get_tensor(name))
+    return torch.equal(*tensors)
+
+
+def _shapes(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for file in set(files.values()):
+        with _open_tensors(file) as tensors:
+            names = [name for name, holder in files.items() if holder == file]
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    return shapes
+
+
+def _gate_of(path: Path, files: dict[str, Path], config: ModelConfig) -> dict[str, Any]:
+    """What kind of gate the tensors of layer 0 show, where config.json does not say it."""
+    if MIXER + "qkvu_proj.weight" in files:
+        return {}
+    shapes = {name: shape for name, shape in _shapes(files).items() if name.startswith(MIXER)}
+    narrow = [min(shape) for shape in shapes.values() if len(shape) == 2 and min(shape) < config.hidden_size]
+    if len(narrow) == 2 and narrow[0] == narrow[1]:
+        return {"gate": "low_rank", "gate_size": narrow[0]}
+    listed = ", ".join(f"{name.removeprefix(MIXER)} {shape}" for name, shape in sorted(shapes.items()))
+    raise CheckpointError(f"{path}: no gate that is known among layer 0's tensors: {listed or 'none'}.")
+
+
+def _name_low_rank_gate(weights: dict[str, Tensor], config: ModelConfig, path: Path) -> dict[str, Tensor]:
+    """Give TNL3's projections our names, by their shapes: (3D, D), (gate, D) and (D, gate)."""
+    hidden, gate = config.hidden_size, config.gate_size
+    names = {
+        (3 * hidden, hidden): "qkv_proj.weight",
+        (gate, hidden): "gate_proj.0.weight",
+        (hidden, gate): "gate_proj.1.weight",
+    }
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        mixer, found, _ = name.partition(".token_mixer.")
+        ours = names.get(tuple(tensor.shape)) if found else None
+        key = f"{mixer}.token_mixer.{ours}" if ours else name
+        if key in renamed:
+            raise CheckpointError(f"{path}: {name} and another tensor both look like {key}.")
+        renamed[key] = tensor
+    return renamed
+
+
+@contextmanager
+def new_folder(setting: str, path: str) -> Iterator[Path]:
+    """Yield a temporary sibling that becomes `path` at the end, or is removed if anything goes wrong.
+
+    Raises:
+        CheckpointError: names `setting`; the folder is there already.
+    """
+    final = Path(path)
+    if final.is_symlink() or (final.exists() and (not final.is_dir() or any(final.iterdir()))):
+        raise CheckpointError(f"{setting}={path} exists: nothing is overwritten. Choose another folder.")
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with explain_write_errors(final):
+            yield temporary
+            if final.exists():
+                final.rmdir()
+            os.replace(temporary, final)
+            sync_folder(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_model_folder(
+    model: TransNormer, tokenizer: Tokenizer, folder: Path, dtype: str = "float32"
+) -> None:
+    """Write weights, config.json, generation_config.json, tokenizer and modeling file into a new folder.
+
+    Args:
+        dtype: of the stored weights; LRPE's frequencies are fp32 in any case.
+    """
+    folder.mkdir(parents=True)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        kept = torch.float32 if name.endswith("lrpe.theta") else DTYPES[dtype]
+        weights[name] = parameter.detach().to("cpu", kept)
+    _write_weights(weights, folder)
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("pad", "bos", "eos")}
+    class_prefix = FILE_NAME.removesuffix(".py")
+    transformers_fields = {
+        "model_type": "transnormer",
+        "architectures": ["TransnormerForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{class_prefix}.TransnormerConfig",
+            "AutoModelForCausalLM": f"{class_prefix}.TransnormerForCausalLM",
+        },
+        "dtype": dtype,
+        "use_cache": True,
+    }
+    write_json(folder / CONFIG, published_fields(model.config) | transformers_fields | ids)
+    write_json(folder / "generation_config.json", ids | {"do_sample": False})
+    save_for_transformers(tokenizer, folder)
+    write_atomically(folder / FILE_NAME, standalone_source().encode())
+
+
+def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
+    """One file, or shards of at most SHARD_BYTES (or one tensor) with an index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in weights.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.contiguous()
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / WEIGHTS, metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for index, shard in enumerate(shards, start=1):
+        file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
