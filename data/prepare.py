@@ -34,12 +34,19 @@ from data.shards import (
     check_files,
     open_split,
     read_manifest,
+    remove_notes,
     write_manifest,
 )
 from data.sources import Document, Source
 from data.tokenizer import Tokenizer, load_tokenizer
 
 Log = Callable[[str], None]
+# The settings that decide what is prepared; hub settings are in the source's fingerprint.
+CONTENT_FIELDS = (
+    *("source", "path", "include_tests", "text_field", "max_documents"),
+    *("valid_path", "valid_fraction", "shard_bytes"),
+)
+TRAINING_FIELDS = ("vocab_size", "model_type", "training_bytes")
 BATCH_CHARACTERS = 4 * 2**20  # tokenized at a time
 PROGRESS_SECONDS = 10
 
@@ -79,9 +86,7 @@ def prepare_folder(
     return _prepare_into(Path(folder), _plan(data, tokenizer_config), log)
 
 
-def open_prepared(
-    folder: Path, data: DataConfig, tokenizer_config: TokenizerConfig, *, log: Log = print
-) -> PreparedData:
+def open_prepared(folder: Path, data: DataConfig, tokenizer_config: TokenizerConfig) -> PreparedData:
     """Open a folder of prepared data after checking every file in the way `data.verify` says.
 
     Its tokenizer is the one in it. DataError where `tokenizer` names another one: a file with another
@@ -137,20 +142,10 @@ def _plan(data: DataConfig, tokenizer_config: TokenizerConfig) -> _Plan:
     elif tokenizer_config.kind == "bytes":
         fixed_tokenizer = tokenizer.ByteTokenizer()
     elif tokenizer_config.kind == "sentencepiece":
-        for field in ("vocab_size", "model_type", "training_bytes"):
-            tokenizer_settings[field] = getattr(tokenizer_config, field)
-    fields = (
-        "source",
-        "path",
-        "valid_path",
-        "valid_fraction",
-        "include_tests",
-        "text_field",
-        "max_documents",
-    )
+        tokenizer_settings |= {field: getattr(tokenizer_config, field) for field in TRAINING_FIELDS}
     settings = {
         "version": VERSION,
-        "data": {field: getattr(data, field) for field in (*fields, "shard_bytes")},
+        "data": {field: getattr(data, field) for field in CONTENT_FIELDS},
         "tokenizer": tokenizer_settings,
         "source_fingerprint": source.fingerprint,
         "valid_source_fingerprint": valid_source.fingerprint if valid_source else None,
@@ -195,7 +190,7 @@ def _build(folder: Path, plan: _Plan, log: Log) -> None:
     """Prepare in a sibling folder that a later call can go on with, and rename it when it is whole."""
     work = folder.with_name(f"{folder.name}.{plan.key[:16]}.partial")
     if (work / MANIFEST_FILE).exists():  # a kill came between the manifest and the rename
-        os.replace(work, folder)
+        _publish(work, folder)
         return
     work.mkdir(parents=True, exist_ok=True)
     writers: dict[str, ShardWriter] = {}
@@ -208,8 +203,6 @@ def _build(folder: Path, plan: _Plan, log: Log) -> None:
         _write_documents(plan, chosen, writers, log)
         _check_counts(writers, plan)
         splits = {split: writer.finish() for split, writer in writers.items()}
-        for writer in writers.values():
-            writer.remove_notes()
         values = {
             "name": plan.name,
             "key": plan.key,
@@ -228,10 +221,15 @@ def _build(folder: Path, plan: _Plan, log: Log) -> None:
         else:
             shutil.rmtree(work, ignore_errors=True)
         raise
-    os.replace(work, folder)
-    sync_folder(folder.parent)
+    _publish(work, folder)
     counts = ", ".join(f"{split} {entry['tokens']:,} tokens" for split, entry in splits.items())
     log(f"prepared {plan.name} in {time.monotonic() - started:.1f} s: {counts}, in {folder}")
+
+
+def _publish(work: Path, folder: Path) -> None:
+    remove_notes(work)
+    os.replace(work, folder)
+    sync_folder(folder.parent)
 
 
 def _check_counts(writers: dict[str, ShardWriter], plan: _Plan) -> None:

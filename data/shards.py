@@ -195,11 +195,11 @@ class ShardWriter:
         for path in self.folder.glob(f"{self.split}*{TEMPORARY_SUFFIX}"):
             path.unlink()
 
-    def remove_notes(self) -> None:
-        """Remove what only an unfinished preparation needs."""
-        for suffix in (".json", ".lengths"):
-            for path in self.folder.glob(f"{self.split}-*.tokens{suffix}"):
-                path.unlink()
+
+def remove_notes(folder: Path) -> None:
+    """Remove what only an unfinished preparation needs."""
+    for path in folder.glob("*.tokens.*"):
+        path.unlink()
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +226,7 @@ def fingerprint_of(tokenizer_fingerprint: str, files: dict[str, dict]) -> str:
 
 
 def write_manifest(folder: Path, values: dict, notes: dict[str, list[dict]]) -> None:
-    """Hash every file of the folder and write manifest.json over them.
+    """Hash every file of the folder but the shards' notes, and write manifest.json over them.
 
     The hashes of shards come from `notes` (per split), taken while they were written.
     """
@@ -236,7 +236,7 @@ def write_manifest(folder: Path, values: dict, notes: dict[str, list[dict]]) -> 
         for shard, note in enumerate(split_notes)
     }
     for path in sorted(folder.iterdir()):
-        if path.name not in files and path.name != MANIFEST_FILE:
+        if path.name not in files and path.name != MANIFEST_FILE and ".tokens." not in path.name:
             files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     fingerprint = fingerprint_of(values["tokenizer_fingerprint"], files)
     manifest = {"format": FORMAT, "version": VERSION, "files": files, "fingerprint": fingerprint, **values}

@@ -300,7 +300,9 @@ def test_disk_that_fills_up_at_any_write(data, tmp_path, monkeypatch, failing_wr
         with pytest.raises(DataError, match="no space left"):
             prepare(data, BYTES, log=lines.append)
     assert not list((tmp_path / "cache").rglob("*.tmp"))
-    assert prepare(data, BYTES, log=lines.append).fingerprint == uninterrupted.fingerprint
+    resumed = prepare(data, BYTES, log=lines.append)
+    assert resumed.fingerprint == uninterrupted.fingerprint
+    assert sorted(os.listdir(resumed.folder)) == sorted(os.listdir(uninterrupted.folder))
 
 
 def test_folder_that_can_not_be_written(data, tmp_path, lines):
