@@ -11,28 +11,55 @@ from dataclasses import dataclass, replace
 import torch
 
 SEGMENT_TOKENS = 1024  # in a shorter segment, reading and writing its state weighs more than its rows
-INTERPRETER_SEGMENTS = 1  # the interpreter runs one program after another
-
-_forced: dict[str, int] = {}  # "segments" and "chunk", set by tests through force()
 
 
 @dataclass(frozen=True)
-class Launch:
-    chunk: int  # rows of the quadratic product
-    value_block: int  # columns of the state that one program holds; the key dim is never split
+class Warps:
+    """What the compiler needs besides block sizes."""
+
     num_warps: int
     num_stages: int
 
 
-# (fp32 inputs, largest padded head dim) -> launch; the figures behind each are in docs/kernels.md
-_HOPPER = {
-    (False, 64): Launch(chunk=64, value_block=64, num_warps=4, num_stages=3),
-    (False, 128): Launch(chunk=64, value_block=128, num_warps=8, num_stages=3),
-    (False, 256): Launch(chunk=64, value_block=64, num_warps=8, num_stages=2),
-    (True, 64): Launch(chunk=16, value_block=32, num_warps=4, num_stages=2),
-    (True, 128): Launch(chunk=16, value_block=32, num_warps=8, num_stages=2),
-    (True, 256): Launch(chunk=16, value_block=32, num_warps=8, num_stages=2),
+@dataclass(frozen=True)
+class Launch:
+    """Block sizes of the kernels for one architecture and shape."""
+
+    chunk: int  # rows of the quadratic product
+    value_block: int  # columns of the state that one program holds; the key dim is never split
+    walk: Warps
+    dk_dv: Warps | None = None  # None: dk and dv in a walk each, where one state and both outputs don't fit
+
+
+# Largest padded head dim -> launch, for 16-bit inputs. Registers and spills of each are in docs/kernels.md.
+_AMPERE = {
+    64: Launch(chunk=64, value_block=64, walk=Warps(4, 2)),
+    128: Launch(chunk=32, value_block=128, walk=Warps(8, 2)),
+    256: Launch(chunk=32, value_block=64, walk=Warps(8, 2)),
 }
+_ADA = {  # 99 KB of shared memory
+    64: Launch(chunk=64, value_block=64, walk=Warps(4, 2)),
+    128: Launch(chunk=32, value_block=128, walk=Warps(8, 2)),
+    256: Launch(chunk=32, value_block=32, walk=Warps(8, 2)),
+}
+_HOPPER = {
+    64: Launch(chunk=64, value_block=64, walk=Warps(4, 3), dk_dv=Warps(4, 3)),
+    128: Launch(chunk=64, value_block=128, walk=Warps(8, 3), dk_dv=Warps(8, 3)),
+    256: Launch(chunk=32, value_block=128, walk=Warps(8, 3)),
+}
+_BLACKWELL = {
+    64: Launch(chunk=64, value_block=64, walk=Warps(4, 3), dk_dv=Warps(4, 3)),
+    128: Launch(chunk=64, value_block=128, walk=Warps(8, 3)),
+    256: Launch(chunk=64, value_block=64, walk=Warps(8, 2)),
+}
+_FP32 = {  # exact products run outside the matrix units, on every architecture
+    64: Launch(chunk=16, value_block=32, walk=Warps(4, 2)),
+    128: Launch(chunk=16, value_block=32, walk=Warps(8, 2)),
+    256: Launch(chunk=16, value_block=32, walk=Warps(8, 2)),
+}
+_TABLES = {(8, 0): _AMPERE, (9, 0): _HOPPER, (10, 0): _BLACKWELL, (10, 3): _BLACKWELL}
+
+_forced: dict[str, object] = {}  # set by tests through force()
 
 
 def padded(dim: int) -> int:
@@ -41,9 +68,14 @@ def padded(dim: int) -> int:
 
 
 def choose_launch(dtype: torch.dtype, head_dim: int, device: torch.device) -> Launch:
-    """The launch for the largest of both head dims."""
-    launch = _HOPPER[dtype == torch.float32, max(64, padded(head_dim))]
-    return replace(launch, chunk=_forced.get("chunk", launch.chunk))
+    """The launch for the larger head dim; an architecture that is not listed gets the smallest tiles."""
+    table = _ADA
+    if dtype == torch.float32:
+        table = _FP32
+    elif device.type == "cuda":
+        table = _TABLES.get(torch.cuda.get_device_capability(device), _ADA)
+    changes = {name: value for name, value in _forced.items() if name != "segments"}
+    return replace(table[max(64, padded(head_dim))], **changes)
 
 
 def num_segments(num_sequences: int, num_tokens: int, num_heads: int, device: torch.device) -> int:
@@ -54,7 +86,7 @@ def num_segments(num_sequences: int, num_tokens: int, num_heads: int, device: to
     if "segments" in _forced:
         return _forced["segments"]
     if device.type != "cuda":
-        return INTERPRETER_SEGMENTS
+        return 1  # the interpreter runs one program after another
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = multiprocessors // (num_sequences * num_heads)
     longest = num_tokens // (num_sequences * SEGMENT_TOKENS)
@@ -62,9 +94,9 @@ def num_segments(num_sequences: int, num_tokens: int, num_heads: int, device: to
 
 
 @contextmanager
-def force(**sizes: int) -> Iterator[None]:
-    """For tests: `segments` cuts every sequence into so many, `chunk` sets the rows of a chunk."""
-    _forced.update(sizes)
+def force(**choices: object) -> Iterator[None]:
+    """For tests and tuning: sets `segments` per sequence, or fields of Launch, whatever the table says."""
+    _forced.update(choices)
     try:
         yield
     finally:

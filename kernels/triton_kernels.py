@@ -1,17 +1,17 @@
 """Triton kernels of decayed linear attention, tiled as Lightning Attention-2 (arXiv 2401.04658).
 
 One kernel, `walk_kernel`, serves all four passes: each gradient is the same walk with the tensors in other
-roles (derivation in docs/kernels.md). A program takes one (sequence, segment, head, value block) and keeps
-its state in registers, transposed, so that it is the left operand of the matrix instruction. Where sequences
-and heads are few, sequences are cut into segments: `segment_state_kernel` computes what each segment adds to
-the state, `scan_states_kernel` the state after each, and the walk then runs on all segments at once.
+roles (derivation in docs/kernels.md). Where it fits, `dk_dv_kernel` does the two reverse ones at once. A program
+takes one (sequence, segment, head, value block) and keeps its state in registers, transposed, so that it is the
+left operand of the matrix instruction. Where sequences and heads are few, sequences are cut into segments:
+`segment_state_kernel` computes what each segment adds to the state, `scan_states_kernel` the state after each,
+and the walk then runs on all segments at once.
 
 Rows past a sequence's end are cut off by the tensor descriptors: loads give zero, stores write nothing.
 
 Shapes: q, k (B, N, H, Dk); v, o (B, N, H, Dv); slopes (H,); states (S, H, Dk, Dv), those after all segments
 but the last (S, P - 1, H, Dk, Dv). B batch, N rows, H heads, S sequences (B, or those of cu_seqlens), P
 segments; tiles have C rows (a chunk), BK and BV columns.
-Strides are counted in units of 8 elements, so that the compiler knows that rows are aligned.
 """
 
 import torch
@@ -19,18 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import choose_launch, padded
+from kernels.launch import Warps, choose_launch, padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-RUNTIME_SIZES = [
-    "N",
-    "P",
-    "H",
-    "q_strides",
-    "k_strides",
-    "v_strides",
-    "o_strides",
-]  # a new value never recompiles
+RUNTIME_SIZES = ["N", "P", "H"]  # a new value never recompiles
 
 
 @triton.jit
@@ -74,9 +66,12 @@ def segment_chunks(i_p, length, P, C: tl.constexpr):
 def describe_rows(x, strides, i_b, i_h, begin, length, D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
     """Descriptor of one head's rows [begin, begin + length), moved in (C, BLOCK) tiles."""
     stride_b, stride_n, stride_h = strides
-    offset = i_b.to(tl.int64) * stride_b + begin.to(tl.int64) * stride_n + i_h.to(tl.int64) * stride_h
+    stride_b = (stride_b.to(tl.int64) - 3 >> 1) * 8
+    stride_n = (stride_n.to(tl.int64) - 3 >> 1) * 8
+    stride_h = (stride_h.to(tl.int64) - 3 >> 1) * 8
     shape = [tl.maximum(length, 1), D]  # an empty sequence is never moved, but its descriptor must be valid
-    return tl.make_tensor_descriptor(x + offset * 8, shape, [stride_n.to(tl.int64) * 8, 1], [C, BLOCK])
+    x += i_b * stride_b + begin * stride_n + i_h * stride_h
+    return tl.make_tensor_descriptor(x, shape, [stride_n, 1], [C, BLOCK])
 
 
 @triton.jit
@@ -113,10 +108,10 @@ def walk_kernel(
 
     offsets, mask = state_tile(i_v, Dk, Dv, BK, BV, TRANSPOSED)
     whole = (i_seq * H + i_h).to(tl.int64) * (Dk * Dv) + offsets
+    before = ((i_seq * (P - 1) + i_p - 1) * H + i_h).to(tl.int64) * (Dk * Dv) + offsets
     b_s = tl.zeros([BV, BK], dtype=tl.float32)
     if i_p > 0:
-        i_state = (i_seq * (P - 1) + i_p - 1) * H + i_h
-        b_s = tl.load(segment_states + i_state.to(tl.int64) * (Dk * Dv) + offsets, mask, other=0.0)
+        b_s = tl.load(segment_states + before, mask, other=0.0)
     elif initial_state is not None:
         b_s = tl.load(initial_state + whole, mask, other=0.0)
 
@@ -142,6 +137,63 @@ def walk_kernel(
         b_s = tl.dot(b_vt, b_k, b_s, input_precision="ieee")
     if final_state is not None and i_p == P - 1:
         tl.store(final_state + whole, b_s, mask)
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def dk_dv_kernel(
+    q, k, v, do, dk, dv, slopes, grad_final, grad_initial, segment_grads, cu_seqlens,
+    q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, N, P, H,
+    Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """dk and dv in one reverse walk: walk_kernel's passes for both, with one state for the two.
+
+    The state is the gradient of S after the chunk, transposed. BV covers Dv. Grid: S·P·H.
+    """
+    i_seq, i_p, i_h, _ = program_indices(P, H, 1)
+    i_b, begin, length = sequence_rows(cu_seqlens, i_seq, N)
+    first, last = segment_chunks(P - 1 - i_p, length, P, C)
+    d_q = describe_rows(q, q_strides, i_b, i_h, begin, length, Dk, C, BK)
+    d_k = describe_rows(k, k_strides, i_b, i_h, begin, length, Dk, C, BK)
+    d_v = describe_rows(v, v_strides, i_b, i_h, begin, length, Dv, C, BV)
+    d_do = describe_rows(do, do_strides, i_b, i_h, begin, length, Dv, C, BV)
+    d_dk = describe_rows(dk, dk_strides, i_b, i_h, begin, length, Dk, C, BK)
+    d_dv = describe_rows(dv, dv_strides, i_b, i_h, begin, length, Dv, C, BV)
+
+    offsets, mask = state_tile(0, Dk, Dv, BK, BV, False)
+    whole = (i_seq * H + i_h).to(tl.int64) * (Dk * Dv) + offsets
+    before = ((i_seq * (P - 1) + i_p - 1) * H + i_h).to(tl.int64) * (Dk * Dv) + offsets
+    b_ds = tl.zeros([BV, BK], dtype=tl.float32)
+    if i_p > 0:
+        b_ds = tl.load(segment_grads + before, mask, other=0.0)
+    elif grad_final is not None:
+        b_ds = tl.load(grad_final + whole, mask, other=0.0)
+
+    log2_decay = -tl.load(slopes + i_h) * LOG2_E
+    o_c = tl.arange(0, C)
+    b_decay = decay_powers(log2_decay, o_c[:, None] - o_c[None, :])  # [C of q, C of k]
+    for i in range(first, last):
+        row = (first + last - 1 - i) * C
+        num_rows = tl.minimum(length - row, C)
+        to_end = decay_powers(log2_decay, num_rows - 1 - o_c)
+        through = decay_powers(log2_decay, o_c + 1)
+        b_k = d_k.load([row, 0])  # [C, BK]
+        b_q = d_q.load([row, 0])  # [C, BK]
+        b_v = d_v.load([row, 0])  # [C, BV]
+        b_do = d_do.load([row, 0])  # [C, BV]
+        b_dst = b_ds.to(b_k.dtype)  # [BV, BK]
+        b_dot = (tl.trans(b_do) * through[None, :]).to(b_q.dtype)  # [BV, C]
+        b_ds *= tl.exp2(log2_decay * num_rows)
+        b_ds = tl.dot(b_dot, b_q, b_ds, input_precision="ieee")
+        b_p = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_decay  # [C of q, C of k]
+        b_dv = tl.dot(b_dst, tl.trans(b_k), input_precision="ieee") * to_end[None, :]  # [BV, C]
+        b_dv = tl.dot(tl.trans(b_do), b_p.to(b_do.dtype), b_dv, input_precision="ieee")
+        d_dv.store([row, 0], tl.trans(b_dv).to(b_v.dtype))
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee") * b_decay  # [C of q, C of k]
+        b_dk = tl.dot(tl.trans(b_dst), tl.trans(b_v), input_precision="ieee") * to_end[None, :]  # [BK, C]
+        b_dk = tl.dot(tl.trans(b_q), b_dp.to(b_q.dtype), b_dk, input_precision="ieee")
+        d_dk.store([row, 0], tl.trans(b_dk).to(b_k.dtype))
+    if grad_initial is not None and i_p == P - 1:
+        tl.store(grad_initial + whole, b_ds, mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -227,8 +279,12 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of batch, row and head in units of 8 elements."""
-    return tuple(stride // 8 for stride in x.stride()[:3])
+    """Strides of batch, row and head: 8 n elements are passed as 2 n + 3.
+
+    Triton compiles anew for integers in a tuple that are 1 or multiples of 16. These are neither, and n makes
+    it known to the compiler that rows are aligned.
+    """
+    return tuple(stride // 8 * 2 + 3 for stride in x.stride()[:3])
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -248,16 +304,16 @@ class _Call:
         self.launch = choose_launch(q.dtype, max(q.shape[3], v.shape[3]), q.device)
         triton.set_allocator(_allocate)  # each thread has its own, so autograd's needs it too
 
-    def _blocks(self, k: Tensor, v: Tensor) -> dict:
+    def _blocks(self, k: Tensor, v: Tensor, value_block: int, warps: Warps) -> dict:
         """Compile-time arguments of a kernel over keys k and values v, and its warps and stages."""
         return {
             "Dk": k.shape[3],
             "Dv": v.shape[3],
             "C": self.launch.chunk,
             "BK": padded(k.shape[3]),
-            "BV": min(self.launch.value_block, padded(v.shape[3])),
-            "num_warps": self.launch.num_warps,
-            "num_stages": self.launch.num_stages,
+            "BV": min(value_block, padded(v.shape[3])),
+            "num_warps": warps.num_warps,
+            "num_stages": warps.num_stages,
         }
 
     def _grid(self, num_segments: int, blocks: dict) -> tuple[int]:
@@ -265,18 +321,31 @@ class _Call:
 
     def walk(self, q, k, v, o, initial_state, final_state, segment_states, reverse=False, transposed=False):
         """Writes o and, unless None, the final state."""
-        blocks = self._blocks(k, v)
+        blocks = self._blocks(k, v, self.launch.value_block, self.launch.walk)
         walk_kernel[self._grid(self.P, blocks)](
             q, k, v, o, self.slopes, initial_state, final_state, segment_states, self.cu_seqlens,
             _strides(q), _strides(k), _strides(v), _strides(o), self.N, self.P, self.H,
             REVERSE=reverse, TRANSPOSED=transposed, **blocks,
         )  # fmt: skip
 
+    def dk_dv(self, q, k, v, do, dk, dv, grad_final, dinitial, segment_grads):
+        """Writes dk, dv and, unless None, dinitial."""
+        if self.launch.dk_dv is None:
+            self.walk(v, do, q, dk, grad_final, None, segment_grads, reverse=True, transposed=True)
+            self.walk(k, q, do, dv, grad_final, dinitial, segment_grads, reverse=True)
+            return
+        blocks = self._blocks(k, v, padded(v.shape[3]), self.launch.dk_dv)
+        dk_dv_kernel[self._grid(self.P, blocks)](
+            q, k, v, do, dk, dv, self.slopes, grad_final, dinitial, segment_grads, self.cu_seqlens,
+            _strides(q), _strides(k), _strides(v), _strides(do), _strides(dk), _strides(dv),
+            self.N, self.P, self.H, **blocks,
+        )  # fmt: skip
+
     def fill_segment_states(self, k, v, initial_state, segment_states, reverse=False):
         """Writes the state after each segment but the last of the walk."""
         if self.P == 1:
             return
-        blocks = self._blocks(k, v)
+        blocks = self._blocks(k, v, self.launch.value_block, self.launch.walk)
         segment_state_kernel[self._grid(self.P - 1, blocks)](
             k, v, segment_states, self.slopes, self.cu_seqlens,
             _strides(k), _strides(v), self.N, self.P, self.H,
@@ -308,8 +377,7 @@ def backward(
     segment_grads = torch.empty_like(segment_states)
     call.fill_segment_states(q, do, grad_final, segment_grads, reverse=True)
     call.walk(do, v, k, dq, initial_state, None, segment_states, transposed=True)
-    call.walk(v, do, q, dk, grad_final, None, segment_grads, reverse=True, transposed=True)
-    call.walk(k, q, do, dv, grad_final, dinitial, segment_grads, reverse=True)
+    call.dk_dv(q, k, v, do, dk, dv, grad_final, dinitial, segment_grads)
 
 
 def step(q, k, v, slopes, state) -> tuple[Tensor, Tensor]:
