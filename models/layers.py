@@ -110,9 +110,10 @@ class LMHead(Linear):
         if targets is None:
             return super().forward(x)
         weight = self.weight.to(x.dtype)
-        if reduction == "none":
-            losses = [loss for _, loss in _chunk_losses(x.flatten(0, 1), weight, targets.flatten())]
-            return torch.cat(losses).view_as(targets)
+        if reduction == "none" or not torch.is_grad_enabled():
+            chunks = _chunk_losses(x.flatten(0, 1), weight, targets.flatten())
+            losses = torch.cat([losses for _, losses in chunks])
+            return losses.view_as(targets) if reduction == "none" else losses.sum()
         return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten())
 
 
@@ -134,8 +135,6 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        if not any(ctx.needs_input_grad):
-            return total + sum(losses.sum() for _, losses in _chunk_losses(x, weight, targets))
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         start = 0
