@@ -227,7 +227,8 @@ def _forward(
     o, final_state, segment_states = _forward_outputs(q, k, v, output_final_state, cu_seqlens, backend)
     final = final_state if output_final_state else None
     run = _implementation(backend).forward
-    run(q, k, v, slopes, initial_state, cu_seqlens, o, final, segment_states)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        run(q, k, v, slopes, initial_state, cu_seqlens, o, final, segment_states)
     return o, final_state, segment_states
 
 
@@ -260,10 +261,11 @@ def _backward(
     """Gradients of q, k, v and the initial state (empty where there is none)."""
     dq, dk, dv, dinitial = _backward_outputs(q, k, v, initial_state)
     run = _implementation(backend).backward
-    run(
-        q, k, v, slopes, initial_state, cu_seqlens, segment_states, grad_o, grad_final,
-        dq, dk, dv, None if initial_state is None else dinitial,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        run(
+            q, k, v, slopes, initial_state, cu_seqlens, segment_states, grad_o, grad_final,
+            dq, dk, dv, None if initial_state is None else dinitial,
+        )  # fmt: skip
     return dq, dk, dv, dinitial
 
 
@@ -303,7 +305,8 @@ _forward.register_autograd(_backward_of_forward, setup_context=_save_for_backwar
 @torch.library.custom_op("lightning_attention::step", mutates_args=())
 def _step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     if default_backend(q.device) == "triton":
-        return _implementation("triton").step(q, k, v, slopes, state)
+        with torch.cuda.device_of(q):
+            return _implementation("triton").step(q, k, v, slopes, state)
     dtype = state.dtype
     decay = torch.exp(-slopes.to(dtype))[:, None, None]
     state = decay * state + k.to(dtype)[..., :, None] * v.to(dtype)[..., None, :]

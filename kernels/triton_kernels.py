@@ -1,11 +1,11 @@
 """Triton kernels of decayed linear attention, tiled as Lightning Attention-2 (arXiv 2401.04658).
 
 One kernel, `walk_kernel`, serves all four passes: each gradient is the same walk with the tensors in other
-roles (derivation in docs/kernels.md). Where it fits, `dk_dv_kernel` does the two reverse ones at once. A program
-takes one (sequence, segment, head, value block) and keeps its state in registers, transposed, so that it is the
-left operand of the matrix instruction. Where sequences and heads are few, sequences are cut into segments:
-`segment_state_kernel` computes what each segment adds to the state, `scan_states_kernel` the state after each,
-and the walk then runs on all segments at once.
+roles (derivation in docs/kernels.md). Where it fits, `dk_dv_kernel` does the two reverse ones at once. A
+program takes one (sequence, segment, head, value block) and keeps its state in registers, transposed, so that
+it is the left operand of the matrix instruction. Where sequences and heads are few, sequences are cut into
+segments: `segment_state_kernel` computes what each segment adds to the state, `scan_states_kernel` the state
+after each, and the walk then runs on all segments at once.
 
 Rows past a sequence's end are cut off by the tensor descriptors: loads give zero, stores write nothing.
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from kernels.launch import Warps, choose_launch, padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+SLOW_LOG2_DECAY = tl.constexpr(0.1)  # slopes below 0.069
 RUNTIME_SIZES = ["N", "P", "H"]  # a new value never recompiles
 
 
@@ -29,6 +30,28 @@ RUNTIME_SIZES = ["N", "P", "H"]  # a new value never recompiles
 def decay_powers(log2_decay, distance):
     """λ^distance, 0 where distance is negative. Written directly: λ^-t overflows fp32 within one chunk."""
     return tl.where(distance >= 0, tl.exp2(log2_decay * tl.maximum(distance, 0).to(tl.float32)), 0.0)
+
+
+@triton.jit
+def mean_decay(log2_decay, C: tl.constexpr):
+    """Mean of λ^0 to λ^(C-1) for heads that decay slowly, else 0: see add_rows."""
+    mean = tl.sum(decay_powers(log2_decay, tl.arange(0, C)), axis=0) / C
+    return tl.where(log2_decay > -SLOW_LOG2_DECAY, mean, 0.0)
+
+
+@triton.jit
+def add_rows(b_s, b_k, b_v, decay, weight, mean):
+    """decay · b_s + Σ_i weight_i v_iᵀ k_i, with b_k [C, BK], b_v [C, BV], weight [C].
+
+    Rounding weight · v to 16 bits costs as much accuracy as rounding the output does. Where weights differ
+    little from their mean, that part is added without a weight and only the small rest is rounded.
+    """
+    b_vt = (tl.trans(b_v) * (weight - mean)[None, :]).to(b_k.dtype)  # [BV, C]
+    if mean > 0:
+        b_s = tl.dot(tl.trans(b_v), b_k, b_s * (decay / mean), input_precision="ieee") * mean
+    else:
+        b_s *= decay
+    return tl.dot(b_vt, b_k, b_s, input_precision="ieee")
 
 
 @triton.jit
@@ -116,6 +139,7 @@ def walk_kernel(
         b_s = tl.load(initial_state + whole, mask, other=0.0)
 
     log2_decay = -tl.load(slopes + i_h) * LOG2_E
+    mean = mean_decay(log2_decay, C)
     o_c = tl.arange(0, C)
     distance = o_c[None, :] - o_c[:, None]  # [C of k, C of q]
     b_decay = decay_powers(log2_decay, -distance if REVERSE else distance)
@@ -132,9 +156,8 @@ def walk_kernel(
         b_o *= (to_end if REVERSE else through)[None, :]
         b_o = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), b_o, input_precision="ieee")
         d_o.store([row, i_v * BV], tl.trans(b_o).to(b_q.dtype))
-        b_vt = (tl.trans(b_v) * (through if REVERSE else to_end)[None, :]).to(b_k.dtype)  # [BV, C]
-        b_s *= tl.exp2(log2_decay * num_rows)
-        b_s = tl.dot(b_vt, b_k, b_s, input_precision="ieee")
+        decay = tl.exp2(log2_decay * num_rows)
+        b_s = add_rows(b_s, b_k, b_v, decay, through if REVERSE else to_end, mean)
     if final_state is not None and i_p == P - 1:
         tl.store(final_state + whole, b_s, mask)
 
@@ -169,6 +192,7 @@ def dk_dv_kernel(
         b_ds = tl.load(grad_final + whole, mask, other=0.0)
 
     log2_decay = -tl.load(slopes + i_h) * LOG2_E
+    mean = mean_decay(log2_decay, C)
     o_c = tl.arange(0, C)
     b_decay = decay_powers(log2_decay, o_c[:, None] - o_c[None, :])  # [C of q, C of k]
     for i in range(first, last):
@@ -181,9 +205,7 @@ def dk_dv_kernel(
         b_v = d_v.load([row, 0])  # [C, BV]
         b_do = d_do.load([row, 0])  # [C, BV]
         b_dst = b_ds.to(b_k.dtype)  # [BV, BK]
-        b_dot = (tl.trans(b_do) * through[None, :]).to(b_q.dtype)  # [BV, C]
-        b_ds *= tl.exp2(log2_decay * num_rows)
-        b_ds = tl.dot(b_dot, b_q, b_ds, input_precision="ieee")
+        b_ds = add_rows(b_ds, b_q, b_do, tl.exp2(log2_decay * num_rows), through, mean)
         b_p = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_decay  # [C of q, C of k]
         b_dv = tl.dot(b_dst, tl.trans(b_k), input_precision="ieee") * to_end[None, :]  # [BV, C]
         b_dv = tl.dot(tl.trans(b_do), b_p.to(b_do.dtype), b_dv, input_precision="ieee")
@@ -210,6 +232,7 @@ def segment_state_kernel(
     d_v = describe_rows(v, v_strides, i_b, i_h, begin, length, Dv, C, BV)
 
     log2_decay = -tl.load(slopes + i_h) * LOG2_E
+    mean = mean_decay(log2_decay, C)
     o_c = tl.arange(0, C)
     b_s = tl.zeros([BV, BK], dtype=tl.float32)
     for i in range(first, last):
@@ -217,9 +240,8 @@ def segment_state_kernel(
         num_rows = tl.minimum(length - row, C)
         into_state = decay_powers(log2_decay, o_c + 1 if REVERSE else num_rows - 1 - o_c)
         b_k = d_k.load([row, 0])  # [C, BK]
-        b_v = (d_v.load([row, i_v * BV]) * into_state[:, None]).to(b_k.dtype)  # [C, BV]
-        b_s *= tl.exp2(log2_decay * num_rows)
-        b_s = tl.dot(tl.trans(b_v), b_k, b_s, input_precision="ieee")
+        b_v = d_v.load([row, i_v * BV])  # [C, BV]
+        b_s = add_rows(b_s, b_k, b_v, tl.exp2(log2_decay * num_rows), into_state, mean)
     offsets, mask = state_tile(i_v, Dk, Dv, BK, BV, False)
     i_state = (i_seq * (P - 1) + i_p) * H + i_h
     tl.store(states + i_state.to(tl.int64) * (Dk * Dv) + offsets, b_s, mask)
