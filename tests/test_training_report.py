@@ -45,7 +45,7 @@ def make_folder(path) -> RunFolder:
             "loss_by_position": [[0, 1, 5.0], [1, 1, 4.0]],
         }
         evaluation = {"checkpoint": "c", "tokenizer": "t", "data": "some|text", "step": step}
-        evaluation |= {"tokens": 64 * step, "results": [result]}
+        evaluation |= {"training_tokens": 64 * step, "results": [result]}
         (folder.evaluations / f"step_{step:08d}-text.json").write_text(json.dumps(evaluation))
     return folder
 

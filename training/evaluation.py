@@ -1,12 +1,16 @@
 """Scoring documents: loss, perplexity and bits per byte at a sequence length.
 
-A document is [BOS] tokens [EOS]; every token but BOS is scored exactly once, given what its window shows:
+A document is [BOS] its tokens [EOS]. Every token of it and EOS is scored exactly once, BOS never; nothing is
+seen across documents. What a token is predicted from depends on the window rule:
 
-disjoint   windows of `seq_len` inputs, each from a fresh state
-strided    windows of `seq_len` inputs that overlap; only their last `stride` targets are scored
-streaming  one window as long as the document: the state is carried from chunk to chunk of `seq_len`
+disjoint   the document is cut into windows of `seq_len` inputs, each from a fresh state; the last is shorter
+strided    windows of `seq_len` inputs overlap: after the first, each scores the next `stride` targets, all of
+           them predicted from more than `seq_len - stride` inputs
+streaming  all that comes before it in the document: the state is carried from chunk to chunk, at constant
+           memory with linear attention; equal to one disjoint window over the whole document
 
-Losses are in nats. Bytes are those of the UTF-8 text of the scored documents.
+Only the first window of a document starts with BOS. Losses are in nats per scored token. Bytes and words are
+those of the scored text: its UTF-8, and what whitespace separates in it.
 """
 
 from __future__ import annotations
@@ -44,7 +48,8 @@ class EvalResult:
         loss: mean nats a token; loss_low and loss_high bound it at 95 % (bootstrap over documents, null
             for a single one).
         word_perplexity: exp of the summed loss over whitespace-separated words.
-        loss_by_position: (first position, tokens, mean loss) for positions in powers of two.
+        loss_by_position: (first position, tokens, mean loss) for positions in the window in powers of two:
+            0, 1, 2–3, 4–7, … inputs before the one that predicts; in the document for streaming.
     """
 
     seq_len: int
@@ -66,9 +71,12 @@ class EvalResult:
 @dataclass(slots=True)
 class _Window:
     document: int
-    start: int  # position of the first input in the document
     inputs: np.ndarray
     targets: np.ndarray  # IGNORED where another window scores it
+
+    @property
+    def num_scored(self) -> int:
+        return int(np.count_nonzero(self.targets != IGNORED))
 
 
 def documents_of(split, tokenizer, max_tokens: int = 0) -> list[EvalDocument]:
@@ -106,12 +114,13 @@ def evaluate(
 
     Args:
         forward: the model, called as `TransNormer` is; on every rank equally often (ZeRO 3 needs that).
-        seq_len: window in tokens (streaming: the chunk, which changes no number).
+        seq_len: window in tokens (streaming: the largest chunk, which changes no number).
         stride: strided: targets scored a window; default half of seq_len.
         batch_tokens: tokens of a forward pass, at least one window.
+        progress: called with the tokens that all ranks together have scored since the last call.
 
     Raises:
-        SettingError: no document reaches seq_len, or nothing can be scored.
+        SettingError: no document reaches seq_len, nothing can be scored, or the stride leaves targets out.
     """
     lengths = [len(document.ids) - 1 for document in documents]
     if not documents or max(lengths) < 1:
@@ -121,15 +130,27 @@ def evaluate(
             f"seq_lens={seq_len} is longer than the longest document ({max(lengths)} tokens): "
             f"use a shorter length, a longer text, or window=streaming."
         )
-    stride = (stride or max(seq_len // 2, 1)) if window == "strided" else None
+    stride = resolve_stride(seq_len, window, stride)
+    if stride is not None and stride > seq_len:
+        raise SettingError(f"stride={stride} is longer than seq_lens={seq_len}: targets would be left out.")
     tally = _Tally(lengths)
     with torch.no_grad():
         if window == "streaming":
-            _stream(forward, documents, seq_len, world, tally, progress)
+            chunk_tokens = min(seq_len, batch_tokens)
+            long = [index for index, length in enumerate(lengths) if length > chunk_tokens]
+            windows = _windows(documents, chunk_tokens, None)
+            short = (window for window in windows if lengths[window.document] <= chunk_tokens)
+            _score_windows(forward, short, batch_tokens, world, tally, progress)
+            _stream(forward, documents, long, chunk_tokens, world, tally, progress)
         else:
             windows = _windows(documents, seq_len, stride)
             _score_windows(forward, windows, max(batch_tokens, seq_len), world, tally, progress)
     return _summarize(tally, documents, seq_len, window, stride, world)
+
+
+def resolve_stride(seq_len: int, window: str, stride: int | None) -> int | None:
+    """Targets that a strided window scores, half of its length unless it is given; None for other rules."""
+    return (stride or max(seq_len // 2, 1)) if window == "strided" else None
 
 
 def _windows(documents: list[EvalDocument], seq_len: int, stride: int | None) -> Iterator[_Window]:
@@ -141,7 +162,7 @@ def _windows(documents: list[EvalDocument], seq_len: int, stride: int | None) ->
             start = max(stop - seq_len, 0) if stride is not None else scored
             targets = ids[start + 1 : stop + 1].copy()
             targets[: scored - start] = IGNORED
-            yield _Window(index, start, ids[start:stop], targets)
+            yield _Window(index, ids[start:stop], targets)
             scored = stop
 
 
@@ -160,52 +181,63 @@ def _packed(windows: Iterable[_Window], batch_tokens: int) -> Iterator[list[_Win
 
 
 def _score_windows(forward, windows, batch_tokens: int, world: World, tally: _Tally, progress) -> None:
+    """Score packed windows; the batches go around the ranks, and each rank makes as many calls."""
     batches = list(_packed(windows, batch_tokens))
-    rounds = math.ceil(len(batches) / world.size)
-    for index in range(rounds):
-        mine = index * world.size + world.rank
+    for first in range(0, len(batches), world.size):
+        mine = first + world.rank
         batch = batches[mine] if mine < len(batches) else batches[0]  # keep step with the others
-        tokens = torch.from_numpy(np.concatenate([window.inputs for window in batch]))[None]
-        targets = torch.from_numpy(np.concatenate([window.targets for window in batch]))[None]
-        bounds = np.cumsum([0] + [len(window.inputs) for window in batch], dtype=np.int32)
+        lengths = [len(window.inputs) for window in batch]
+        targets = np.concatenate([window.targets for window in batch])
+        bounds = np.cumsum([0, *lengths], dtype=np.int32)
         losses = forward(
-            tokens.to(world.device),
-            targets.to(world.device),
+            _row(np.concatenate([window.inputs for window in batch]), world),
+            _row(targets, world),
             cu_seqlens=torch.from_numpy(bounds).to(world.device),
             reduction="none",
-        )[0].cpu()
+        )[0]
         if mine < len(batches):
-            for window, part in zip(batch, losses.split([len(w.inputs) for w in batch]), strict=True):
-                tally.add(window.document, window.start, part.numpy(), window.targets != IGNORED)
+            document = np.repeat([window.document for window in batch], lengths)
+            position = np.arange(len(targets)) - np.repeat(bounds[:-1], lengths)
+            scored = targets != IGNORED
+            tally.add(document[scored], position[scored], losses.cpu().numpy()[scored])
         if progress:
-            progress(sum(len(window.inputs) for window in batch) * world.size)
+            done = batches[first : first + world.size]
+            progress(sum(window.num_scored for batch in done for window in batch))
 
 
-def _stream(forward, documents, chunk_tokens: int, world: World, tally: _Tally, progress) -> None:
-    rounds = math.ceil(len(documents) / world.size)
-    chunks_of = [math.ceil((len(document.ids) - 1) / chunk_tokens) for document in documents]
-    for index in range(rounds):
-        in_round = range(index * world.size, min((index + 1) * world.size, len(documents)))
-        mine = index * world.size + world.rank
+def _stream(
+    forward, documents, chosen: list[int], chunk_tokens: int, world: World, tally: _Tally, progress
+) -> None:
+    """Score the chosen documents with a carried state, one a rank at a time, the longest first."""
+    chosen = sorted(chosen, key=lambda document: -len(documents[document].ids))
+    for first in range(0, len(chosen), world.size):
+        together = chosen[first : first + world.size]
+        mine = together[world.rank] if world.rank < len(together) else None
+        ids = documents[together[0] if mine is None else mine].ids
+        longest = len(documents[together[0]].ids) - 1
         state = DecodeState()
-        ids = documents[mine].ids if mine < len(documents) else documents[0].ids
-        for chunk in range(max(chunks_of[document] for document in in_round)):
-            start = chunk * chunk_tokens
-            inputs = ids[start : min(start + chunk_tokens, len(ids) - 1)]
-            counts = mine < len(documents) and len(inputs) > 0
+        for start in range(0, longest, chunk_tokens):
+            stop = min(start + chunk_tokens, len(ids) - 1)
+            counts = mine is not None and start < stop
+            part = slice(start, stop)
             if not counts:  # nothing left here, but the others still need this rank
-                inputs, start, state = ids[:1], 0, DecodeState()
-            targets = torch.from_numpy(ids[start + 1 : start + len(inputs) + 1].copy())[None]
+                part, state = slice(0, 1), DecodeState()
             losses, state = forward(
-                torch.from_numpy(inputs.copy())[None].to(world.device),
-                targets.to(world.device),
+                _row(ids[:-1][part], world),
+                _row(ids[1:][part], world),
                 state=state,
                 reduction="none",
             )
             if counts:
-                tally.add(mine, start, losses[0].cpu().numpy(), np.ones(len(inputs), bool))
+                tally.add(np.full(stop - start, mine), np.arange(start, stop), losses[0].cpu().numpy())
             if progress:
-                progress(len(inputs) * world.size)
+                ends = (min(start + chunk_tokens, len(documents[other].ids) - 1) for other in together)
+                progress(sum(max(end - start, 0) for end in ends))
+
+
+def _row(ids: np.ndarray, world: World) -> torch.Tensor:
+    """ids (N,) as a batch of one, (1, N), on this rank's device."""
+    return torch.from_numpy(ids.copy())[None].to(world.device)
 
 
 class _Tally:
@@ -218,15 +250,16 @@ class _Tally:
         self.by_position = np.zeros(num_buckets)
         self.position_tokens = np.zeros(num_buckets)
 
-    def add(self, document: int, start: int, losses: np.ndarray, scored: np.ndarray) -> None:
-        """Losses of consecutive positions from `start` on, of which `scored` count."""
-        losses = losses.astype(np.float64)[scored]
-        positions = np.arange(start, start + len(scored))[scored]
-        self.by_document[document] += losses.sum()
-        self.tokens[document] += len(losses)
-        bucket = np.ceil(np.log2(positions + 1)).astype(int)
-        np.add.at(self.by_position, bucket, losses)
-        np.add.at(self.position_tokens, bucket, 1)
+    def add(self, document: np.ndarray, position: np.ndarray, losses: np.ndarray) -> None:
+        """Losses of scored tokens, their documents and their positions, each (num_tokens,)."""
+        losses = losses.astype(np.float64)
+        bucket = np.ceil(np.log2(position + 1)).astype(int)
+        for sums, counts, index in (
+            (self.by_document, self.tokens, document),
+            (self.by_position, self.position_tokens, bucket),
+        ):
+            sums += np.bincount(index, losses, len(sums))
+            counts += np.bincount(index, minlength=len(counts))
 
     def reduce(self, world: World) -> None:
         """Sum over ranks."""
@@ -276,7 +309,7 @@ def _bootstrap(tally: _Tally) -> tuple[float | None, float | None]:
     means = []
     for _ in range(BOOTSTRAP_SAMPLES):
         weights = np.bincount(random.integers(0, count, count), minlength=count)
-        means.append((weights @ tally.by_document) / max(weights @ tally.tokens, 1))
+        means.append(float(weights @ tally.by_document) / max(float(weights @ tally.tokens), 1.0))
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 

@@ -117,15 +117,18 @@ def draw_evaluations(
     for evaluation in newest:
         for result in evaluation["results"]:
             label = f"{_checkpoint(evaluation)} on {evaluation['data']}, {result['window']}"
-            by_length.setdefault(label, []).append((result["seq_len"], result["perplexity"]))
+            if result["perplexity"] is not None:
+                by_length.setdefault(label, []).append((result["seq_len"], result["perplexity"]))
             positions = [(max(2 * first, 1), loss) for first, _, loss in result.get("loss_by_position", [])]
             by_position.append((f"{label} {result['seq_len']}", *_columns(positions)))
     over_tokens: dict[str, list[tuple[float, float]]] = {}
     for evaluation in evaluations:
         for result in evaluation["results"]:
-            if evaluation.get("tokens") is not None:
+            if None not in (evaluation.get("training_tokens"), result["perplexity"]):
                 label = f"{evaluation['data']}, {result['window']} {result['seq_len']}"
-                over_tokens.setdefault(label, []).append((evaluation["tokens"], result["perplexity"]))
+                over_tokens.setdefault(label, []).append(
+                    (evaluation["training_tokens"], result["perplexity"])
+                )
     drawn = []
     if by_length:
         drawn += [folder.plots / "perplexity_by_length.png", folder.plots / "loss_by_position.png"]
@@ -231,7 +234,7 @@ EVALUATION_COLUMNS = (
 
 def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
     """The cells of a table of evaluations, one row a result, under `EVALUATION_COLUMNS`."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for result in evaluation["results"]:
         low, high = result.get("loss_low"), result.get("loss_high")
         rows.append(

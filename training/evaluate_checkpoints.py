@@ -1,0 +1,331 @@
+"""Perplexity of trained models: what `eval.py` does.
+
+In: checkpoints, a text or prepared data, lengths and a window rule. Out: for each checkpoint and data a JSON
+file in eval/ of the run folder (of the export or the lone checkpoint itself where there is no run), a table,
+and plots of the run. A result that is there already, for the same weights, data and settings, is not computed
+again. A point that fails leaves the results of the others as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from data.config import DataConfig, TokenizerConfig
+from data.errors import DataError
+from data.files import explain_write_errors, read_json_object, write_atomically
+from training import distributed
+from training.config import load_saved_config
+from training.distributed import World
+from training.errors import USER_ERRORS, SettingError
+from training.evaluation import WINDOWS, EvalResult, evaluate, resolve_stride
+from training.evaluation_inputs import Candidate, Text, check_tokenizer, identify, open_text
+from training.report import EVALUATION_COLUMNS, draw_evaluations, evaluation_rows, read_evaluations
+from training.run_folder import RunFolder
+from training.weights import find_models, load_model
+
+SCORING = 1  # counted up when the same settings would give other numbers, so that old results are not reused
+TIMEOUT_MINUTES = 240.0  # ranks may wait this long for one that has longer documents
+RESULTS_LIMIT_BYTES = 64 * 2**20
+WINDOW_RULES = {
+    "disjoint": "windows of seq_len inputs that don't overlap, each from a fresh state",
+    "strided": "overlapping windows of seq_len inputs; after the first, each scores its last stride targets",
+    "streaming": "the state is carried over the whole document; seq_len is the chunk and changes no number",
+}
+T = TypeVar("T")
+Evaluation = tuple[RunFolder, dict[str, Any]]  # where it belongs, and what its file holds
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """What to score, and how."""
+
+    checkpoint: str | None = None  # run folder (its newest valid checkpoint), checkpoint, export, or a glob
+    data: DataConfig | None = None  # null: the validation split of the run's own data
+    tokenizer: TokenizerConfig | None = None  # null: the checkpoint's own; another one is refused
+    seq_lens: list[int] | None = None  # tokens; null: the length that the run was trained on
+    window: str = "disjoint"  # disjoint, strided or streaming
+    stride: int | None = None  # strided: targets scored by a window; null: half of the length
+    max_tokens: int = 0  # score the first so many tokens; 0 for all
+    batch_tokens: int = 16384  # tokens of a forward pass (at least one window), and of a streamed chunk
+    precision: str | None = None  # bf16 or fp32; null: as trained
+    output: str | None = None  # also write the results to this JSON file
+
+    def __post_init__(self) -> None:
+        if self.seq_lens is not None and (not self.seq_lens or min(self.seq_lens) < 1):
+            raise SettingError(f"seq_lens={self.seq_lens} must be lengths of at least 1, as [1024,8192].")
+        if self.window not in WINDOWS:
+            raise SettingError(f"window={self.window!r} is unknown. Allowed: {', '.join(WINDOWS)}.")
+        if self.stride is not None and self.window != "strided":
+            raise SettingError(f"stride={self.stride} needs window=strided.")
+        if self.stride is not None and self.stride < 1:
+            raise SettingError(f"stride={self.stride} must be at least 1, or null for half of seq_lens.")
+        if self.max_tokens < 0:
+            raise SettingError(f"max_tokens={self.max_tokens} must be 0 (all) or more.")
+        if self.batch_tokens < 1:
+            raise SettingError(f"batch_tokens={self.batch_tokens} must be at least 1.")
+        if self.precision not in (None, "bf16", "fp32"):
+            raise SettingError(f"precision={self.precision!r} is unknown. Allowed: bf16, fp32, null.")
+        if self.data is not None and self.data.valid_path:
+            raise SettingError(
+                f"data.valid_path={self.data.valid_path}: give the text to score as data.path."
+            )
+
+
+def evaluate_checkpoints(config: EvalConfig) -> int:
+    """Score every checkpoint at every length, on all ranks together; prints a table; returns the exit code.
+
+    Raises:
+        SettingError: a wrong setting or file, or points that failed; the others have been printed and kept.
+    """
+    if config.checkpoint is None:
+        raise SettingError("checkpoint is not set: give a run folder, a checkpoint, an export or a glob.")
+    if config.output and Path(config.output).is_dir():
+        raise SettingError(f"output={config.output} is a folder: give the name of a JSON file.")
+    distributed.check_launcher()
+    world = distributed.start(TIMEOUT_MINUTES)
+    try:
+        evaluations, problems = _evaluate_all(config, world)
+        if world.is_first and evaluations:
+            _show(config, evaluations, world)
+    finally:
+        distributed.stop()
+    if problems:
+        more = problems[1:] if len(problems) < 3 else [f"and {len(problems) - 1} more points failed."]
+        raise SettingError("\n".join(problems[:1] + more))
+    return 0
+
+
+def _evaluate_all(config: EvalConfig, world: World) -> tuple[list[Evaluation], list[str]]:
+    """What was scored and what went wrong, the same on every rank."""
+
+    def log(text: str) -> None:
+        if world.is_first:
+            print(text, file=sys.stderr, flush=True)
+
+    def read(path: Path) -> tuple[Candidate, Text]:
+        candidate = identify(path, config.precision)
+        check_tokenizer(config.tokenizer, candidate)
+        return candidate, open_text(config.data, candidate, config.max_tokens, opened, log)
+
+    paths = _together(world, lambda: find_models(str(config.checkpoint), log) if world.is_first else [])
+    opened: dict[str, Text] = {}
+    evaluations: list[Evaluation] = []
+    problems: list[str] = []
+    on_terminal = world.is_first and sys.stderr.isatty()
+    with tqdm(total=0, unit="token", unit_scale=True, dynamic_ncols=True, disable=not on_terminal) as bar:
+        for path in world.from_first(paths):
+            try:
+                candidate, text = _together(world, partial(read, path))
+                content = _evaluate_one(config, candidate, text, world, bar, problems)
+            except SettingError as error:
+                problems.append(str(error))
+            else:
+                evaluations += [(candidate.home, content)] if content["results"] else []
+    return evaluations, problems
+
+
+def _together(world: World, work: Callable[[], T]) -> T:
+    """Work on every rank; a user's error on any of them is raised on all, so that none waits for ever."""
+    problem = None
+    try:
+        value = work()
+    except USER_ERRORS as error:
+        problem = str(error)
+    problems = [text for text in world.gather(problem) if text]
+    if problems:
+        raise SettingError(problems[0])
+    return value
+
+
+def _evaluate_one(
+    config: EvalConfig, candidate: Candidate, text: Text, world: World, bar: tqdm, problems: list[str]
+) -> dict[str, Any]:
+    """One model at every length, in the shape of its file; appends to `problems` what could not be scored."""
+    results: list[dict[str, Any]] = []
+    evaluation = {
+        "checkpoint": str(candidate.path),
+        "checkpoint_hash": candidate.hash,
+        "step": candidate.step,
+        "training_tokens": candidate.tokens,
+        "tokenizer": candidate.tokenizer.fingerprint,
+        "data": text.prepared.name,
+        "data_fingerprint": text.prepared.fingerprint,
+        "results": results,
+    }
+    file, known = world.from_first(_known_results(candidate, evaluation) if world.is_first else None)
+    model = None
+    for seq_len in config.seq_lens or [_default_length(candidate, text)]:
+        settings = _point_settings(config, candidate, seq_len)
+        result = next((entry for entry in known if settings.items() <= entry.items()), None)
+        if result is None:
+            try:
+                model = model or _together(world, lambda: _Guarded(candidate, world))
+                bar.set_description(f"{candidate.name}, {config.window} {seq_len}")
+                result = settings | _score(model, text, settings, config.batch_tokens, world, bar)
+            except SettingError as error:
+                problems.append(str(error))
+                continue
+            known.append(result)
+            _together(world, partial(_write, file, evaluation | {"results": known}, world))
+        results.append(result)
+    return evaluation
+
+
+def _point_settings(config: EvalConfig, candidate: Candidate, seq_len: int) -> dict[str, Any]:
+    """All that a result depends on beside weights and data."""
+    return {
+        "seq_len": seq_len,
+        "window": config.window,
+        "stride": resolve_stride(seq_len, config.window, config.stride),
+        "max_tokens": config.max_tokens,
+        "precision": candidate.precision,
+        "scoring": SCORING,
+    }
+
+
+def _default_length(candidate: Candidate, text: Text) -> int:
+    """The length that the model was trained on, or of the longest document if that is shorter."""
+    if "seq_len" not in candidate.settings:
+        raise SettingError(
+            f"seq_lens is not set, and {candidate.path} does not say its own: give seq_lens=[1024]."
+        )
+    return min(candidate.settings["seq_len"], text.longest)
+
+
+class _Guarded:
+    """A loaded model that runs out of memory without leaving the other ranks behind.
+
+    From then on it answers with zeros, until `check` tells every rank.
+    """
+
+    def __init__(self, candidate: Candidate, world: World) -> None:
+        self._model = load_model(candidate.path, world.device, candidate.precision).model
+        self._problem: str | None = None
+
+    def __call__(self, tokens, targets, **settings):
+        if self._problem is None:
+            try:
+                return self._model(tokens, targets, **settings)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._problem = "out of memory"
+        zeros = torch.zeros(targets.shape)
+        return (zeros, settings["state"]) if "state" in settings else zeros
+
+    def check(self, point: str, world: World) -> None:
+        """Raise on every rank if any of them has run out of memory."""
+        failed = world.any(self._problem is not None)
+        self._problem = None
+        if failed:
+            if world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            raise SettingError(f"{point}: out of memory. Use a shorter length, or a smaller batch_tokens.")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU or the CPU had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _score(
+    model: _Guarded, text: Text, settings: dict[str, Any], batch_tokens: int, world: World, bar: tqdm
+) -> dict[str, Any]:
+    """One point as it goes into the file."""
+    bar.total += sum(len(document.ids) - 1 for document in text.documents)
+    result = evaluate(
+        model,
+        text.documents,
+        settings["seq_len"],
+        world,
+        window=settings["window"],
+        stride=settings["stride"],
+        batch_tokens=batch_tokens,
+        progress=bar.update,
+    )
+    point = f"seq_lens={settings['seq_len']}"
+    model.check(point, world)
+    if not math.isfinite(result.loss):
+        raise SettingError(
+            f"{point}: the loss is {result.loss}. The model's weights or activations diverged."
+        )
+    return _as_json(result)
+
+
+def _as_json(result: EvalResult) -> dict[str, Any]:
+    """A result as plain values; an infinite perplexity becomes null, since JSON has none."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in asdict(result).items()
+    }
+
+
+def _known_results(candidate: Candidate, evaluation: dict[str, Any]) -> tuple[Path, list[dict[str, Any]]]:
+    """The file for these results, and those of the same weights and data that it holds.
+
+    It is eval/<step>-<data>.json; where that is of other data of the same name, a fingerprint is appended.
+    """
+    file = candidate.home.evaluations / f"{candidate.name}-{evaluation['data']}.json"
+    earlier = _read(file)
+    if earlier and earlier.get("data_fingerprint") != evaluation["data_fingerprint"]:
+        file = file.with_name(f"{file.stem}-{evaluation['data_fingerprint'][:8]}.json")
+        earlier = _read(file)
+    same = all(earlier.get(key) == evaluation[key] for key in ("checkpoint_hash", "data_fingerprint"))
+    return file, earlier["results"] if same else []
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """An earlier file of results; empty if there is none, or a damaged one, which is then written anew."""
+    try:
+        return read_json_object(file, RESULTS_LIMIT_BYTES) if file.exists() else {}
+    except DataError:
+        return {}
+
+
+def _write(file: Path, content: Any, world: World) -> None:
+    """Write JSON on the first rank."""
+    if not world.is_first:
+        return
+    with explain_write_errors(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _show(config: EvalConfig, evaluations: list[Evaluation], world: World) -> None:
+    """Print the table, write `output`, and draw the plots of each run."""
+    homes = {home.path: home for home, _ in evaluations}
+    rows = []
+    for home, content in evaluations:
+        prefix = f"{home.path.name} " if len(homes) > 1 else ""
+        rows += [(prefix + first, *others) for first, *others in evaluation_rows(content)]
+    print(f"window={config.window}: {WINDOW_RULES[config.window]}")
+    print(aligned_table(EVALUATION_COLUMNS, rows))
+    contents = [content for _, content in evaluations]
+    if config.output:
+        _write(Path(config.output), contents if len(contents) > 1 else contents[0], world)
+    for home in homes.values():
+        saved = load_saved_config(home.config) if home.config.exists() else {}
+        draw_evaluations(home, read_evaluations(home)[0], saved.get("seq_len"))
+
+
+def aligned_table(columns: Iterable[str], rows: list[tuple[str, ...]]) -> str:
+    """A table in plain text, numbers to the right."""
+    lines = [tuple(columns), *rows]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index < 2 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

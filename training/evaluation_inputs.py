@@ -1,0 +1,160 @@
+"""What an evaluation reads: models known by their files, and the documents to score them on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data.config import DataConfig, TokenizerConfig
+from data.prepare import PreparedData, prepare
+from data.tokenizer import Tokenizer, load_tokenizer
+from training.checkpoint import open_checkpoint
+from training.config import load_saved_config
+from training.errors import SettingError
+from training.evaluation import EvalDocument, documents_of
+from training.model_folder import is_model_folder, open_model_folder
+from training.run_folder import RunFolder
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A model to score, known by its files; its weights are loaded only if there is something to score.
+
+    Attributes:
+        home: the run folder around it; its own folder if it lies in none.
+        step, tokens: of its training; None for an import or export.
+        settings: the saved settings of its run; of an import or export, empty.
+        hash: equal for equal weights and settings.
+    """
+
+    path: Path
+    home: RunFolder
+    step: int | None
+    tokens: int | None
+    settings: dict[str, Any]
+    precision: str
+    hash: str
+    tokenizer: Tokenizer
+    tokenizer_path: Path
+
+    @property
+    def name(self) -> str:
+        """What its files of results begin with."""
+        return self.path.resolve().name if self.step is None else f"step_{self.step:08d}"
+
+
+def identify(path: Path, precision: str | None) -> Candidate:
+    """Read what a checkpoint, import or export says about itself.
+
+    Raises:
+        SettingError, DataError: it is incomplete or damaged.
+    """
+    if is_model_folder(path):
+        folder = open_model_folder(path)
+        precision = precision or ("bf16" if folder.dtype == "bfloat16" else "fp32")
+        home = RunFolder(path)
+        return Candidate(path, home, None, None, {}, precision, folder.hash, load_tokenizer(path), path)
+    checkpoint = open_checkpoint(path, verify=False)  # load_model verifies what it loads
+    settings = load_saved_config(path / "config.yaml")
+    return Candidate(
+        path=path,
+        home=RunFolder(path.parent.parent if path.parent.name == "checkpoints" else path),
+        step=checkpoint.step,
+        tokens=checkpoint.state()["tokens"],
+        settings=settings,
+        precision=precision or settings["engine"]["precision"],
+        hash=checkpoint.hash,
+        tokenizer=load_tokenizer(path / "tokenizer"),
+        tokenizer_path=path / "tokenizer",
+    )
+
+
+@dataclass
+class Text:
+    """What is scored: the validation split of prepared data, which may hold all of it."""
+
+    prepared: PreparedData
+    max_tokens: int
+
+    @property
+    def longest(self) -> int:
+        """Scored tokens of the longest document."""
+        ends = self.prepared.valid.ends.tolist()
+        longest = max(end - start - 1 for start, end in zip([0, *ends], ends, strict=False))
+        return min(longest, self.max_tokens or longest)
+
+    @cached_property
+    def documents(self) -> list[EvalDocument]:
+        return documents_of(self.prepared.valid, self.prepared.tokenizer, self.max_tokens)
+
+
+def open_text(
+    data: DataConfig | None,
+    candidate: Candidate,
+    max_tokens: int,
+    opened: dict[str, Text],
+    log: Callable[[str], None],
+) -> Text:
+    """The documents to score with this model's tokenizer, from `opened` if an earlier model had them too.
+
+    A file, folder or hub data set is scored as a whole; of other data, the validation split.
+
+    Args:
+        data: None for the data that the model was trained on.
+
+    Raises:
+        SettingError, DataError: no text, or another tokenizer than the model's.
+    """
+    own_tokenizer = TokenizerConfig(kind="file", path=str(candidate.tokenizer_path))
+    tokenizer = own_tokenizer
+    if data is None:
+        data, tokenizer = _training_data(candidate)
+    elif data.source in ("text", "hub"):
+        data = replace(data, valid_fraction=1.0)
+    key = f"{data} {candidate.tokenizer.fingerprint}"
+    if key not in opened:
+        prepared = prepare(data, tokenizer, log=log)
+        if prepared.tokenizer.fingerprint != candidate.tokenizer.fingerprint:
+            log(f"{candidate.path}: its training data has changed since; today's validation split is scored")
+            prepared = prepare(data, own_tokenizer, log=log)
+        if not prepared.valid.documents:
+            raise SettingError(
+                f"data={data.source}: {prepared.folder} has no validation documents to score. Give the text "
+                "as data=text data.path=FILE, or prepare it with data.valid_fraction=1.0."
+            )
+        opened[key] = Text(prepared, max_tokens)
+    return opened[key]
+
+
+def _training_data(candidate: Candidate) -> tuple[DataConfig, TokenizerConfig]:
+    """The settings of the data that the model was trained on."""
+    if not candidate.settings:
+        raise SettingError(
+            f"data is not set, and {candidate.path} does not say what it was trained on. "
+            "Give data=text data.path=FILE, or another data=."
+        )
+    try:
+        settings = candidate.settings
+        return DataConfig(**settings["data"]), TokenizerConfig(**settings["tokenizer"])
+    except (KeyError, TypeError) as error:
+        raise SettingError(f"{candidate.path / 'config.yaml'}: no data settings ({error}).") from None
+
+
+def check_tokenizer(asked: TokenizerConfig | None, candidate: Candidate) -> None:
+    """Refuse any tokenizer but the model's own."""
+    own = candidate.tokenizer
+    if asked is None:
+        return
+    if asked.path is not None:
+        matches = load_tokenizer(asked.path).fingerprint == own.fingerprint
+    else:
+        matches = asked.kind == own.kind
+    if not matches:
+        given = f"tokenizer.path={asked.path}" if asked.path else f"tokenizer={asked.kind}"
+        raise SettingError(
+            f"{given} is not the tokenizer of {candidate.path} ({own.kind}, {own.vocab_size} ids). "
+            "Leave the setting out: a model can only be scored with its own."
+        )
