@@ -33,13 +33,13 @@ class Launch:
 
 # Largest padded head dim -> launch, for 16-bit inputs. Registers and spills of each are in docs/kernels.md.
 _AMPERE = {
-    64: Launch(chunk=64, value_block=64, walk=Warps(4, 2)),
-    128: Launch(chunk=32, value_block=128, walk=Warps(8, 2)),
+    64: Launch(chunk=32, value_block=64, walk=Warps(4, 3)),
+    128: Launch(chunk=32, value_block=64, walk=Warps(8, 3)),
     256: Launch(chunk=32, value_block=64, walk=Warps(8, 2)),
 }
 _ADA = {  # 99 KB of shared memory
-    64: Launch(chunk=64, value_block=64, walk=Warps(4, 2)),
-    128: Launch(chunk=32, value_block=128, walk=Warps(8, 2)),
+    64: Launch(chunk=32, value_block=64, walk=Warps(4, 3)),
+    128: Launch(chunk=32, value_block=64, walk=Warps(8, 3)),
     256: Launch(chunk=32, value_block=32, walk=Warps(8, 2)),
 }
 _HOPPER = {
