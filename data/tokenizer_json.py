@@ -27,13 +27,8 @@ SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0 to 3 of the tokenizers tha
 NEVER = -1e4  # unigram score of a piece that is not text, below any spelling of it
 
 
-def save_for_transformers(tokenizer: OurTokenizer, folder: Path) -> None:
-    """Write the tokenizer into a folder so that both `load_tokenizer` and AutoTokenizer read it.
-
-    Raises:
-        DataError: a SentencePiece model that normalizes text in a way that has no counterpart.
-    """
-    tokenizer.save(folder)
+def write_tokenizer_json(tokenizer: OurTokenizer, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json beside what `tokenizer.save` has put into the folder."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return
     converted, specials = _convert(tokenizer)

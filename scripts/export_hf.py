@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
+from data.tokenizer_json import write_tokenizer_json
 from models.standalone import FILE_NAME
 from models.transnormer import TransNormer
 from training.config import run_command
@@ -55,6 +56,7 @@ def main(config: ExportConfig) -> None:
     trained = load_model(path, precision="fp32")
     with new_folder("output", config.output) as folder:
         write_model_folder(trained.model, trained.tokenizer, folder, config.dtype)
+        write_tokenizer_json(trained.tokenizer, folder)
         (folder / "README.md").write_text(model_card(trained))
         trained.model.to(DTYPES[config.dtype]).float()  # what was stored, rounded as it was
         errors = verify(folder, trained.model)

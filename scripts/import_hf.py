@@ -8,13 +8,15 @@ fits, and writes a folder that checkpoint= and init_from= take.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.tokenizer import INFO_FILE
 from training.config import run_command
 from training.errors import SettingError
 from training.model_folder import is_model_folder, new_folder, open_model_folder, write_model_folder
-from training.weights import load_model
+from training.weights import TrainedModel, load_model
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,6 +25,26 @@ class ImportConfig:
 
     source: str | None = None  # folder with config.json, safetensors and a tokenizer
     run_dir: str | None = None  # a folder that is not there yet
+
+
+VOCABULARY_MULTIPLE = 128  # what an embedding's rows are rounded up to, at most
+
+
+def check_padding(trained: TrainedModel, source: Path) -> None:
+    """Refuse a foreign tokenizer that is too small to be the one that the model was trained with.
+
+    Raises:
+        SettingError: names both sizes.
+    """
+    rows, ids = trained.model.config.vocab_size, trained.tokenizer.vocab_size
+    if (
+        not (source / INFO_FILE).exists()
+        and rows > math.ceil(ids / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    ):
+        raise SettingError(
+            f"{source}: the tokenizer has {ids} ids, config.json a vocab_size of {rows}. "
+            "They belong to different models."
+        )
 
 
 def main(config: ImportConfig) -> None:
@@ -34,6 +56,7 @@ def main(config: ImportConfig) -> None:
         raise SettingError(f"source={source}: no folder with a config.json.")
     dtype = open_model_folder(source).dtype
     trained = load_model(source, precision="fp32")
+    check_padding(trained, source)
     with new_folder("run_dir", config.run_dir) as folder:
         write_model_folder(trained.model, trained.tokenizer, folder, dtype)
     model = trained.model.config

@@ -2,7 +2,7 @@
 
 config.json                     the fields of models/published.py, and transformers' own
 model.safetensors               or model-00001-of-00002.safetensors … with model.safetensors.index.json
-tokenizer.model, tokenizer.json … as data/tokenizer.py reads them
+tokenizer.model, tokenizer.json … as data/tokenizer.py reads them; an export has both
 modeling_transnormer.py         for transformers; never read by us
 
 Everything read is checked first: no link is followed, nothing is unpickled or executed.
@@ -37,7 +37,6 @@ from data.files import (
     write_json,
 )
 from data.tokenizer import Tokenizer
-from data.tokenizer_json import save_for_transformers
 from models.config import ModelConfig
 from models.published import FIELDS, model_config_from_published, published_fields
 from models.standalone import FILE_NAME, standalone_source
@@ -292,7 +291,7 @@ def write_model_folder(
     }
     write_json(folder / CONFIG, published_fields(model.config) | transformers_fields | ids)
     write_json(folder / "generation_config.json", ids | {"do_sample": False})
-    save_for_transformers(tokenizer, folder)
+    tokenizer.save(folder)
     write_atomically(folder / FILE_NAME, standalone_source().encode())
 
 
