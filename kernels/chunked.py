@@ -94,7 +94,7 @@ def _walk_block(q, k, v, o, slopes, block: Chunks, carry, initial_state, final_s
         initial = initial_state[block.sequence].transpose(0, 1).to(local.dtype)
         state += decay_powers(slopes, distance)[..., None, None] * initial
     block_o += (q * decay_powers(slopes, out_of_state.expand_as(valid))[..., None]) @ state
-    o[row[valid]] = block_o.permute(1, 2, 0, 3)[valid].to(o.dtype)
+    _scatter(o, row, valid, block_o)
 
     if final_state is not None:
         ends = (block.before if reverse else block.after) == 0
@@ -126,9 +126,20 @@ def _states_into_chunks(local: Tensor, slopes: Tensor, block: Chunks, carry, rev
 
 def _gather(x: Tensor, row: Tensor, valid: Tensor) -> Tensor:
     """Rows of x as (H, T, C, D) in the compute dtype, zero where a chunk has no row."""
-    rows = x[row.clamp(max=x.shape[0] - 1)]  # (T, C, H, D)
-    rows = torch.where(valid[..., None, None], rows, 0)
+    if valid.all():  # full chunks follow one another
+        rows = x[row[0, 0] : row[-1, -1] + 1].unflatten(0, row.shape)
+    else:
+        rows = torch.where(valid[..., None, None], x[row.clamp(max=x.shape[0] - 1)], 0)
     return rows.permute(2, 0, 1, 3).to(compute_dtype(x.dtype)).contiguous()
+
+
+def _scatter(x: Tensor, row: Tensor, valid: Tensor, values: Tensor) -> None:
+    """Writes values, (H, T, C, D), to the rows of x that the chunks have."""
+    values = values.permute(1, 2, 0, 3)
+    if valid.all():
+        x[row[0, 0] : row[-1, -1] + 1].unflatten(0, row.shape).copy_(values)
+    else:
+        x[row[valid]] = values[valid].to(x.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

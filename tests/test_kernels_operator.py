@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import lightning_attention, lightning_attention_step, reference
+from kernels import chunked, lightning_attention, lightning_attention_step, reference
 from kernels.launch import Warps, force
 
 # Slow (weights split around their mean), usual, none, and one whose inverse powers overflow fp32 in a chunk.
@@ -236,3 +237,31 @@ def test_segments_do_not_change_the_outcome_of_a_repeat():
     with force(segments=3, chunk=16):
         first, second = run(tensors, slopes, "triton"), run(tensors, slopes, "triton")
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations and remembers the largest result."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.largest = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        self.count += 1
+        for x in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+        return result
+
+
+def test_torch_backend_is_linear_in_memory_and_loops_over_neither_tokens_nor_documents():
+    N, H, D = 8192, 1, 8
+    (q, k, v, *_), slopes = make_inputs(1, N, H, D, D)
+    bounds = torch.linspace(0, N, 1001, device=DEVICE).int()
+    for cu_seqlens in (None, bounds):
+        o = torch.empty_like(v)
+        with _Operations() as operations:
+            chunked.forward(q, k, v, slopes, None, cu_seqlens, o, None, None)
+        assert operations.largest <= 16 * N * D
+        assert operations.count <= 16_000  # a loop over 1,000 documents takes over 100 for each
