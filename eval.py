@@ -19,6 +19,9 @@ scored text: bits per byte = summed loss / ln 2 / bytes, word perplexity = exp(s
 being what whitespace separates. The 95 % interval of the loss is a bootstrap over documents.
 Perplexities per token compare only between models of one tokenizer; bits per byte compare between any.
 
+max_tokens scores the first so many tokens only (0: all). batch_tokens are those of a forward pass, at least
+one window; a smaller number needs less memory. precision is that of training unless set to bf16 or fp32.
+
 data=text and data=hub are scored whole, python_stdlib and prepared by their validation split; data.path=
 alone means data=text. Results go to eval/step_…-<data name>.json of the run (of the folder itself, for an
 export) and to output=FILE: an object, or for several checkpoints a list. What has been scored before is not

@@ -28,8 +28,8 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must not be negative; 0 is greedy.")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature} must be a number of at least 0; 0 is greedy.")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be 0 (all) or more.")
         if not 0 < self.top_p <= 1:
@@ -44,6 +44,7 @@ def generate(
     sampling: SamplingConfig,
     device: torch.device,
     stop_id: int | None = None,
+    num_ids: int | None = None,
 ) -> Iterator[int]:
     """Yield token ids after `prompt` until `stop_id` or `max_tokens`.
 
@@ -51,6 +52,7 @@ def generate(
         forward: a `TransNormer` or anything called as one, in eval mode.
         prompt: at least one id (BOS).
         stop_id: ends the text; it is not yielded.
+        num_ids: draw from the first so many ids, the tokenizer's, if the model has more.
     """
     if not prompt:
         raise ValueError("the prompt has no token: begin it with BOS.")
@@ -59,12 +61,13 @@ def generate(
     for start in range(0, len(prompt), PREFILL_TOKENS):
         chunk = torch.tensor([prompt[start : start + PREFILL_TOKENS]], device=device)
         logits, state = forward(chunk, state=state, last_only=True)
-    for _ in range(max_tokens):
-        token = sample(logits[0, -1], sampling, generator)
+    for index in range(max_tokens):
+        token = sample(logits[0, -1, :num_ids], sampling, generator)
         if token == stop_id:
             return
         yield token
-        logits, state = forward(torch.tensor([[token]], device=device), state=state)
+        if index + 1 < max_tokens:
+            logits, state = forward(torch.tensor([[token]], device=device), state=state)
 
 
 def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
@@ -72,7 +75,7 @@ def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator)
     logits = logits.float()
     if sampling.temperature == 0:
         return int(logits.argmax())
-    logits = logits / sampling.temperature
+    logits = (logits - logits.max()) / sampling.temperature  # the largest is 0: nothing overflows
     if 0 < sampling.top_k < len(logits):
         logits[logits < logits.topk(sampling.top_k).values[-1]] = -torch.inf
     probabilities = logits.softmax(-1)

@@ -1,0 +1,106 @@
+"""Text from a trained model, printed as it comes, after the prompt that it continues.
+
+    python -m scripts.generate checkpoint=outputs/x prompt="def "
+    python -m scripts.generate checkpoint=outputs/x prompt="def " temperature=0 max_tokens=1000
+
+checkpoint is a run folder (its newest valid checkpoint), one checkpoint or an export. The text ends where the
+model writes its end of text, or after max_tokens. Memory stays constant with linear attention.
+temperature=0 takes the likeliest token each time; otherwise the next one is drawn among the top_k likeliest
+(0: all) and of these among the likeliest that together reach the probability top_p. The same seed gives the
+same text. device is auto (a GPU if there is one), cpu or cuda; precision is bf16 or fp32, null for that of
+training.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from models.generation import SamplingConfig, generate
+from training.config import run_command
+from training.errors import SettingError
+from training.weights import TrainedModel, find_models, load_model
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig:
+    """What to continue, with which model, and how the tokens are drawn."""
+
+    checkpoint: str | None = None
+    prompt: str = ""
+    max_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    device: str = "auto"
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise SettingError(f"max_tokens={self.max_tokens} must be at least 1.")
+        if self.precision not in (None, "bf16", "fp32"):
+            raise SettingError(f"precision={self.precision!r} is unknown. Allowed: bf16, fp32, null.")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise SettingError(f"device={self.device!r} is unknown. Allowed: auto, cpu, cuda.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise SettingError(f"seed={self.seed} must be a number of 64 bits.")
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError:
+            raise SettingError("prompt: it is not UTF-8. Give it in UTF-8.") from None
+        self.sampling()
+
+    def sampling(self) -> SamplingConfig:
+        """The settings of drawing; a wrong one is refused."""
+        return SamplingConfig(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed
+        )
+
+
+def main(config: GenerateConfig) -> int:
+    """Print the prompt and its continuation; returns the exit code."""
+    if config.checkpoint is None:
+        raise SettingError("checkpoint is not set: give a run folder, a checkpoint or an export.")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise SettingError("device=cuda, but no GPU can be used here: use device=cpu.")
+    found = find_models(config.checkpoint, log=lambda text: print(text, file=sys.stderr))
+    if len(found) > 1:
+        raise SettingError(f"checkpoint={config.checkpoint} names {len(found)} models: give one.")
+    use_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if use_gpu else "cpu")
+    trained = load_model(found[0], device, config.precision)
+    try:
+        print(config.prompt, end="", flush=True)
+        for text in continuation(trained, config, device):
+            print(text, end="", flush=True)
+        print()
+    except BrokenPipeError:  # the reader has seen enough; Python would complain again on leaving
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+def continuation(trained: TrainedModel, config: GenerateConfig, device: torch.device) -> Iterator[str]:
+    """The text after the prompt, piece by piece; a character comes when all of its bytes are there."""
+    tokenizer = trained.tokenizer
+    decoder = tokenizer.decoder()
+    ids = generate(
+        trained.model,
+        [tokenizer.bos_id, *tokenizer.encode(config.prompt).tolist()],
+        config.max_tokens,
+        config.sampling(),
+        device,
+        tokenizer.eos_id,
+        tokenizer.vocab_size,
+    )
+    yield from (decoder.push(token) for token in ids)
+    yield decoder.flush()
+
+
+if __name__ == "__main__":
+    run_command(main, GenerateConfig, __doc__)
