@@ -1,0 +1,73 @@
+"""The kernels compile for every GPU of the launch table, without one, and fit into its shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SHARED_KB = {80: 163, 89: 99, 90: 227, 100: 227}  # what one block may take
+
+# Runs in a process of its own, since this one may hold Triton's interpreter.
+SCRIPT = """
+import json
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels import launch, triton_kernels as kernels
+
+FP32 = {"slopes", "initial_state", "final_state", "segment_states", "states", "grad_final", "grad_initial",
+        "segment_grads"}
+
+
+def argument_type(name, dtype):
+    if name.endswith("strides"):
+        return ("i32", "i32", "i32")
+    if name in kernels.RUNTIME_SIZES:
+        return "i32"
+    if name == "cu_seqlens":
+        return "*i32"
+    return "*fp32" if name in FP32 else "*" + dtype
+
+
+def shared_kb(kernel, arch, dtype, warps, **constants):
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else argument_type(n, dtype) for n in names}
+    constants = {(names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(kernel, signature, constants)
+    options = {"num_warps": warps.num_warps, "num_stages": warps.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).metadata.shared / 1024
+
+
+def sizes(table_launch, dim, arch, dtype):
+    common = {"Dk": dim, "Dv": dim, "C": table_launch.chunk, "BK": dim}
+    blocks = common | {"BV": min(table_launch.value_block, dim)}
+    walk = table_launch.walk
+    yield "segment_state", shared_kb(kernels.segment_state_kernel, arch, dtype, walk, **blocks, REVERSE=True)
+    flags = {"REVERSE": True, "TRANSPOSED": True}
+    yield "walk", shared_kb(kernels.walk_kernel, arch, dtype, walk, **blocks, **flags)
+    if table_launch.dk_dv is not None:
+        yield "dk_dv", shared_kb(kernels.dk_dv_kernel, arch, dtype, table_launch.dk_dv, **common, BV=dim)
+
+
+tables = {80: launch._AMPERE, 89: launch._ADA, 90: launch._HOPPER, 100: launch._BLACKWELL}
+for arch, table in tables.items():
+    for dim, table_launch in table.items():
+        for kernel, size in sizes(table_launch, dim, arch, "bf16"):
+            print(json.dumps([arch, f"{kernel} bf16 {dim}", size]))
+for kernel, size in sizes(launch._FP32[128], 128, 90, "fp32"):
+    print(json.dumps([90, f"{kernel} fp32 128", size]))
+"""
+
+
+def test_every_launch_compiles_and_fits(tmp_path):
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    sizes = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(sizes) == 4 * 3 * 2 + 3 + 2
+    for arch, kernel, size in sizes:
+        assert size <= SHARED_KB[arch], (arch, kernel, size)
