@@ -1,6 +1,6 @@
 """Settings of the groups `data` and `tokenizer`, checked when they are built."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from data.errors import DataError
 
@@ -71,6 +71,15 @@ class TokenizerConfig:
             raise DataError("tokenizer.path is not set: tokenizer=file needs one, give tokenizer.path=PATH")
         if self.kind != "file" and self.path:
             raise DataError(f"tokenizer.path={self.path} needs tokenizer=file, not tokenizer={self.kind}")
+
+
+@dataclass(kw_only=True, slots=True)
+class PrepareConfig:
+    """What to prepare or to train a tokenizer on, and the folder to write; None: data.cache_dir."""
+
+    output: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
 
 def _check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kernels.cross_entropy import IGNORED
 from models.attention import LRPE, GatedLinearAttention
 from models.config import ModelConfig
-from models.layers import IGNORED, LMHead
+from models.layers import LMHead
 from models.published import model_config_from_published, published_fields
 from models.transnormer import PREFILL_TOKENS, Backbone, DecodeState
 

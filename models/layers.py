@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.cross_entropy import cross_entropy
 from models.config import ModelConfig
 
-IGNORED = -100  # a target that is not scored
-LOGITS_PER_CHUNK = 2**27  # fp32 logits held at once by the loss: 512 MiB
+LOGITS_PER_CHUNK = 2**28  # logits held at once by the loss: 512 MiB in bf16
 
 
 class Linear(nn.Linear):
@@ -109,20 +109,20 @@ class LMHead(Linear):
         """
         if targets is None:
             return super().forward(x)
-        weight = self.weight.to(x.dtype)
+        weight, flat = self.weight.to(x.dtype), x.flatten(0, 1)
         if reduction == "none" or not torch.is_grad_enabled():
-            chunks = _chunk_losses(x.flatten(0, 1), weight, targets.flatten())
-            losses = torch.cat([losses for _, losses in chunks])
-            return losses.view_as(targets) if reduction == "none" else losses.sum()
-        return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten())
+            chunks = _logits_in_chunks(flat, weight, targets.flatten())
+            losses = [cross_entropy(logits, part, with_gradient=False) for logits, part, _ in chunks]
+            return torch.cat(losses).view_as(targets) if reduction == "none" else torch.cat(losses).sum()
+        return LinearCrossEntropy.apply(flat, weight, targets.flatten())
 
 
-def _chunk_losses(x: Tensor, weight: Tensor, targets: Tensor):
-    """Yield (logits fp32 (C, V), losses fp32 (C,)) for successive chunks of tokens."""
+def _logits_in_chunks(x: Tensor, weight: Tensor, targets: Tensor):
+    """Yield logits (C, V), targets (C,) and the slice they stand for, for successive chunks of tokens."""
     chunk_tokens = max(1, LOGITS_PER_CHUNK // weight.shape[0])
-    for x_chunk, target_chunk in zip(x.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-        logits = (x_chunk @ weight.T).float()
-        yield logits, F.cross_entropy(logits, target_chunk, ignore_index=IGNORED, reduction="none")
+    for start in range(0, len(x), chunk_tokens):
+        rows = slice(start, min(start + chunk_tokens, len(x)))
+        yield x[rows] @ weight.T, targets[rows], rows
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -137,17 +137,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        start = 0
-        for logits, losses in _chunk_losses(x, weight, targets):
-            total += losses.sum()
-            stop = start + len(losses)
-            scored = targets[start:stop] != IGNORED
-            probabilities = logits.softmax(-1)
-            probabilities[torch.arange(len(losses), device=x.device), targets[start:stop].clamp_min(0)] -= 1.0
-            grad_logits = (probabilities * scored[:, None]).to(x.dtype)
-            torch.mm(grad_logits, weight, out=grad_x[start:stop])
-            grad_weight += grad_logits.T @ x[start:stop]
-            start = stop
+        for logits, chunk_targets, rows in _logits_in_chunks(x, weight, targets):
+            total += cross_entropy(logits, chunk_targets, with_gradient=True).sum()
+            torch.mm(logits, weight, out=grad_x[rows])  # logits hold their gradient now
+            grad_weight += logits.T @ x[rows]
         ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
         return total
 

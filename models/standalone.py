@@ -14,6 +14,7 @@ FILE_NAME = "modeling_transnormer.py"
 MODULES = (
     "kernels/reference.py",
     "kernels/quadratic.py",
+    "kernels/cross_entropy.py",
     "models/operator.py",
     "models/config.py",
     "models/published.py",

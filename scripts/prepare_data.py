@@ -6,21 +6,11 @@ Without output= the shards go to data.cache_dir, where train.py with the same se
 that was stopped goes on where it was; one that is done says so at once.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.config import DataConfig, TokenizerConfig
+from data.config import PrepareConfig
 from data.prepare import PreparedData, prepare, prepare_folder
 from training.config import run_command
-
-
-@dataclass(kw_only=True, slots=True)
-class PrepareConfig:
-    """What to prepare and where to."""
-
-    output: str | None = None
-    data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
 
 def main(config: PrepareConfig) -> None:

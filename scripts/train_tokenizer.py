@@ -7,11 +7,11 @@ Use it with tokenizer=file tokenizer.path=DIR. A folder that holds something els
 
 from pathlib import Path
 
+from data.config import PrepareConfig
 from data.errors import DataError
 from data.files import explain_write_errors
 from data.prepare import train_tokenizer
 from data.sources import open_source
-from scripts.prepare_data import PrepareConfig
 from training.config import run_command
 
 

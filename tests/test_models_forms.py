@@ -242,7 +242,7 @@ def test_long_prompts_are_read_in_chunks_that_change_nothing():
 
     prompt = [1] * (2 * PREFILL_TOKENS + 5)
     list(generate(forward, prompt, 1, SamplingConfig(temperature=0), torch.device("cpu")))
-    assert lengths == [PREFILL_TOKENS, PREFILL_TOKENS, 5, 1]
+    assert lengths == [PREFILL_TOKENS, PREFILL_TOKENS, 5]
 
 
 def test_sampling_keeps_to_its_limits():

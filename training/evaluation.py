@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from models.layers import IGNORED
+from kernels.cross_entropy import IGNORED
 from models.transnormer import DecodeState
 from training.distributed import World
 from training.errors import SettingError

@@ -1,0 +1,50 @@
+"""The in-place cross entropy against PyTorch's, in float64, for both implementations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.cross_entropy import cross_entropy
+
+
+def implementations():
+    from kernels import triton_cross_entropy
+
+    return {"torch": cross_entropy, "triton": triton_cross_entropy.cross_entropy}
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("vocab_size", [3, 1000, 8192, 20001])
+def test_losses_and_gradients(name, vocab_size):
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(7, vocab_size, device=DEVICE)
+    targets = torch.randint(0, vocab_size, (7,), device=DEVICE)
+    targets[2] = -100
+    targets[3] = vocab_size - 1
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none", ignore_index=-100)
+    expected.sum().backward()
+
+    untouched = logits.clone()
+    losses = implementations()[name](logits, targets, with_gradient=False)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits, untouched)
+    again = implementations()[name](logits, targets, with_gradient=True)
+    assert torch.equal(again, losses)
+    torch.testing.assert_close(logits.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_bf16_logits_of_a_real_size():
+    torch.manual_seed(0)
+    logits = torch.randn(4096, 64000, device="cuda", dtype=torch.bfloat16)
+    targets = torch.randint(0, 64000, (4096,), device="cuda")
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    expected.sum().backward()
+    losses = cross_entropy(logits, targets, with_gradient=True)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.double(), exact.grad, rtol=1e-2, atol=1e-6)
