@@ -7,6 +7,7 @@ No Triton in here, so that output shapes are known under torch.compile and on ma
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -59,7 +60,7 @@ _FP32 = {  # exact products run outside the matrix units, on every architecture
 }
 _TABLES = {(8, 0): _AMPERE, (9, 0): _HOPPER, (10, 0): _BLACKWELL, (10, 3): _BLACKWELL}
 
-_forced: dict[str, object] = {}  # set by tests through force()
+_forced: dict[str, Any] = {}  # set by tests through force()
 
 
 def padded(dim: int) -> int:
@@ -94,7 +95,7 @@ def num_segments(num_sequences: int, num_tokens: int, num_heads: int, device: to
 
 
 @contextmanager
-def force(**choices: object) -> Iterator[None]:
+def force(**choices: Any) -> Iterator[None]:
     """For tests and tuning: sets `segments` per sequence, or fields of Launch, whatever the table says."""
     _forced.update(choices)
     try:

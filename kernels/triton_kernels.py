@@ -306,7 +306,8 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     Triton compiles anew for integers in a tuple that are 1 or multiples of 16. These are neither, and n makes
     it known to the compiler that rows are aligned.
     """
-    return tuple(stride // 8 * 2 + 3 for stride in x.stride()[:3])
+    stride_b, stride_n, stride_h = (stride // 8 * 2 + 3 for stride in x.stride()[:3])
+    return stride_b, stride_n, stride_h
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:

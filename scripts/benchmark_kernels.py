@@ -31,6 +31,7 @@ from kernels import default_backend, lightning_attention, lightning_attention_st
 from training.config import run_command
 from training.errors import SettingError
 
+Shape = tuple[int, int, int, int, int]  # B, N, H, Dk, Dv
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WRONG = {
     "bf16": 5e-3,
@@ -151,8 +152,9 @@ def make_slopes(heads: int, device: str) -> Tensor:
     return 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=device, dtype=torch.float32) / heads)
 
 
-def make_tensors(B, N, H, Dk, Dv, dtype, device, seed=0) -> list[Tensor]:
+def make_tensors(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor]:
     """q, k, v and the gradient of o, (B, N, H, D)."""
+    B, N, H, Dk, Dv = shape
     generator = torch.Generator(device).manual_seed(seed)
     shapes = [(B, N, H, Dk), (B, N, H, Dk), (B, N, H, Dv), (B, N, H, Dv)]
     return [torch.randn(s, device=device, generator=generator).to(dtype) for s in shapes]
@@ -169,9 +171,9 @@ def in_layout(provider: Provider, tensors: list[Tensor]) -> list[Tensor]:
     return [x.transpose(1, 2).contiguous() for x in tensors] if provider.heads_first else tensors
 
 
-def errors_of(provider: Provider, shape: tuple, dtype: str, device: str, seed: int) -> dict[str, float]:
+def errors_of(provider: Provider, shape: Shape, dtype: str, device: str, seed: int) -> dict[str, float]:
     """Relative errors of o, dq, dk, dv against float64, and of the final state for ours."""
-    tensors = make_tensors(*shape, DTYPES[dtype], device, seed)
+    tensors = make_tensors(shape, DTYPES[dtype], device, seed)
     slopes = make_slopes(shape[2], device)
     exact = [x.double() for x in tensors]
     if provider.softmax:
@@ -188,8 +190,12 @@ def errors_of(provider: Provider, shape: tuple, dtype: str, device: str, seed: i
         results = [x.transpose(1, 2) for x in results]
     errors = {name: _error(x, t) for name, x, t in zip(("o", "dq", "dk", "dv"), results, truth, strict=True)}
     if provider.name == "ours":
-        _, state = lightning_attention(*tensors[:3], slopes, output_final_state=True)
-        _, exact_state = lightning_attention(*exact[:3], slopes, output_final_state=True, backend="torch")
+        state, exact_state = (
+            lightning_attention(q, k, v, slopes, output_final_state=True, backend=backend)[1]
+            for (q, k, v, _), backend in ((tensors, "auto"), (exact, "torch"))
+        )
+        assert state is not None
+        assert exact_state is not None
         errors["state"] = _error(state, exact_state)
     return errors
 
@@ -226,7 +232,7 @@ def check_correctness(config: BenchmarkConfig, providers: list[Provider], device
 ERRORS = ("o", "dq", "dk", "dv", "state")
 
 
-def _check(config: BenchmarkConfig, provider: Provider, shape: tuple, dtype: str, device: str) -> dict:
+def _check(config: BenchmarkConfig, provider: Provider, shape: Shape, dtype: str, device: str) -> dict:
     row = {"provider": provider.name, "dtype": dtype, "shape": list(shape)}
     try:
         errors = errors_of(provider, shape, dtype, device, config.seed)
@@ -250,13 +256,13 @@ class Clock:
             for _ in range(repeats):
                 call()
             return (time.perf_counter() - start) * 1e3 / repeats
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
         for _ in range(repeats):
             call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / repeats
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / repeats
 
 
 def time_interleaved(calls: dict[str, Callable], clock: Clock, rounds: int) -> dict[str, float]:
@@ -265,7 +271,7 @@ def time_interleaved(calls: dict[str, Callable], clock: Clock, rounds: int) -> d
     for name, call in calls.items():
         call()
         repeats[name] = max(1, int(ROUND_MS / max(clock(call, 1), 1e-3)))
-    times = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name, call in calls.items():
             ms = clock(call, repeats[name])
@@ -295,9 +301,11 @@ def extra_memory(call: Callable[[], list[Tensor]]) -> tuple[float, float]:
 def time_case(config, providers, case, shape, dtype, device, clock, bandwidth, cu_seqlens=None) -> list[Row]:
     """Forward and forward + backward of all providers on one shape (B, N, H, Dk, Dv)."""
     B, N, H, Dk, Dv = shape
-    tensors = make_tensors(*shape, DTYPES[dtype], device, config.seed)
+    tensors = make_tensors(shape, DTYPES[dtype], device, config.seed)
     slopes = make_slopes(H, device)
-    forward, both, memory = {}, {}, {}
+    forward: dict[str, Callable] = {}
+    both: dict[str, Callable] = {}
+    memory = {}
     for provider in providers:
         q, k, v, grad_o = in_layout(provider, tensors)
         run = partial(_run, provider, slopes, cu_seqlens)
@@ -390,7 +398,7 @@ def time_decoding(config, dtype, device, clock, bandwidth) -> list[Row]:
     rows = []
     for B in (1, 64):
         H, Dk, Dv = config.heads, config.k_dim, config.v_dim
-        q, k, v, _ = (x[:, 0].contiguous() for x in make_tensors(B, 1, H, Dk, Dv, DTYPES[dtype], device))
+        q, k, v, _ = (x[:, 0].contiguous() for x in make_tensors((B, 1, H, Dk, Dv), DTYPES[dtype], device))
         slopes, state = make_slopes(H, device), torch.randn(B, H, Dk, Dv, device=device)
         graph = _captured(partial(lightning_attention_step, q, k, v, slopes, state), device)
         ms = time_interleaved({"ours": graph}, clock, config.rounds)["ours"]
@@ -457,8 +465,10 @@ def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    parts = (("forward", "forward_ms", "forward_of_floor"),)
-    parts += (("forward + backward", "forward_backward_ms", "forward_backward_of_floor"),)
+    parts = [
+        ("forward", "forward_ms", "forward_of_floor"),
+        ("forward + backward", "forward_backward_ms", "forward_backward_of_floor"),
+    ]
     for axes, (title, ms, share) in zip(figure.subplots(1, 2), parts, strict=True):
         for name in dict.fromkeys(row.provider for row in rows):
             line = [row for row in rows if row.provider == name]
