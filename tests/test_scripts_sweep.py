@@ -1,0 +1,456 @@
+"""Sweeps: points and their settings, running and resuming them, what is recorded, tables, plots, refusals.
+
+Most points are a small script in place of train.py, told by the model's name what to do.
+"""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.sweep import SweepConfig, outcome
+from training.config import CONFIG_DIR, compose
+from training.errors import SettingError
+from training.sweep import Manifest, SweepDefinition, expand, measure
+from training.sweep_report import Grid, paper_figures, rows_of, table, write_results
+from training.sweep_runner import Device, Runner, last_lines, places, point_command, stop_processes
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = (Device(None, "a CPU"),)
+
+# What a fake point does with its folder: writes metrics of 4 steps, or ends in some other way.
+FAKE_POINT = """
+import json, os, sys, time
+kind, folder, seq_len = sys.argv[1], sys.argv[2], int(sys.argv[3])
+open(os.path.join(folder, "started"), "a").write("x")
+if kind == "oom":
+    sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
+if kind == "fail":
+    print("first line"); print("[2026] [ERROR] [launch.py:1:main] noise")
+    sys.exit("error: no such thing")
+if kind == "killed":
+    os.kill(os.getpid(), 9)
+if kind == "hang":
+    time.sleep(600)
+os.makedirs(os.path.join(folder, "checkpoints/step_1"))
+with open(os.path.join(folder, "metrics.jsonl"), "w") as file:
+    for step in range(1, 5):
+        speed = [1, 500, 1000, 3000][step - 1] * 1024 / seq_len if kind == "softmax" else 1000 + step
+        line = {"step": step, "tokens": step, "loss": 5.0 - step, "grad_norm": 1.0, "lr": 0.1, "mfu": 0.25,
+                "tokens_per_second": speed, "step_ms": 10.0 * step, "peak_memory_gib": 2.0 + step}
+        file.write(json.dumps(line) + "\\n")
+"""
+
+
+def definition(**changes) -> SweepDefinition:
+    settings = {
+        "models": ["tnl-tiny"],
+        "seq_lens": [64, 128],
+        "batch_tokens": 256,
+        "steps": 4,
+        "skip_steps": 1,
+    }
+    return SweepDefinition(**settings | {"settings": ["tokenizer=bytes"]} | changes)
+
+
+def run(folder: Path, sweep: SweepDefinition, kinds: dict[str, str], retry=(), groups=(CPU,)) -> Manifest:
+    """Run a sweep whose points do what `kinds` says for the name of their model."""
+    folder.mkdir(exist_ok=True)
+    points = expand(sweep)
+    manifest = Manifest(folder, sweep, points)
+
+    def command(point, point_folder, devices):
+        kind = kinds.get(point.label, "done")
+        return [sys.executable, "-c", FAKE_POINT, kind, str(point_folder), str(point.seq_len)], {}
+
+    Runner(folder, sweep, manifest, list(groups), command, lambda *_: None).run(
+        manifest.missing(points, list(retry))
+    )
+    write_results(folder, sweep, manifest, points)
+    return manifest
+
+
+def statuses(manifest: Manifest) -> list[str]:
+    return [record["status"] for record in manifest.records.values()]
+
+
+def starts(folder: Path) -> list[int]:
+    """How often each point has been started."""
+    return [len(path.read_text()) for path in sorted(folder.glob("points/*/started"))]
+
+
+def read_csv(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "results.csv") as file:
+        return list(csv.DictReader(file))
+
+
+# Points
+
+
+def test_points_cross_models_settings_and_lengths():
+    points = expand(
+        definition(models=["tnl-tiny", "llama-tiny"], cross=["optim.lr=0.1,0.2", "seed=1,2"], num_gpus=2)
+    )
+    assert len(points) == 2 * 4 * 2
+    assert len({point.name for point in points}) == 16
+    config = points[-1].config
+    assert (config.model.name, config.seq_len, config.optim.lr, config.seed) == ("llama-tiny", 128, 0.2, 2)
+    assert (config.batch_tokens, config.max_steps, config.engine.zero_stage) == (256, 4, 1)
+    assert (config.eval_every, config.save_every, config.sample_every, config.log_every) == (0, 0, 0, 1)
+    assert points[-1].crossed == {"optim.lr": "0.2", "seed": "2"}
+
+
+def test_a_points_own_settings_come_last():
+    points = expand(definition(models=["tnl-tiny", "tnl-tiny model.attention=quadratic engine=zero2"]))
+    assert [point.label for point in points[1:3]] == ["tnl-tiny", "tnl-tiny attention=quadratic engine=zero2"]
+    assert points[2].config.model.attention == "quadratic"
+    assert points[2].config.engine.zero_stage == 2
+
+
+def test_evaluation_and_saving_are_off_unless_asked_for():
+    asked = expand(definition(evaluate=True, save_every=2))[0].config
+    assert (asked.eval_every, asked.save_every, asked.resume) == (4, 2, "auto")
+    plain = expand(definition())[0].config
+    assert (plain.resume, plain.overwrite) == ("never", True)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIG_DIR / "sweep").glob("*.yaml")))
+def test_every_shipped_sweep_composes(name):
+    config = compose(SweepConfig, [f"sweep={name}"], "sweep")
+    assert config.sweep.name == name
+    assert config.run_dir == f"outputs/sweep-{name}"
+    points = expand(config.sweep)
+    assert len(points) >= 4
+    if name.startswith("seq_len"):
+        assert len(config.sweep.seq_lens) >= 4
+        assert {point.config.model.attention for point in points} == {"lightning", "quadratic", "softmax"}
+        assert not any(point.config.data.isolate_documents for point in points)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": []}, r"sweep\.models is empty"),
+        ({"seq_lens": []}, r"sweep\.seq_lens is empty"),
+        ({"seq_lens": [64, 64]}, r"sweep\.seq_lens=\[64, 64\] names a value twice"),
+        ({"seq_lens": [0]}, r"sweep\.seq_lens=\[0\]: all must be at least 1"),
+        ({"steps": 0}, r"sweep\.steps=0"),
+        ({"skip_steps": 4}, r"sweep\.skip_steps=4 .* below sweep\.steps=4"),
+        ({"seq_lens": [100]}, "batch_tokens=256 is not a multiple of seq_len=100"),
+        ({"models": ["tnl-nosuch"]}, "tnl-nosuch"),
+        ({"models": ["tnl-tiny model.depth=3"]}, r"model\.depth: unknown setting"),
+        ({"models": ["tnl-tiny quadratic"]}, "quadratic: not a setting"),
+        ({"settings": ["seq_len=5"]}, "seq_len=5: a sweep sets seq_len of its points itself"),
+        ({"cross": ["optim.lr=-1,1"]}, r"optim\.lr=-1\.0 must be above 0"),
+        ({"models": ["tnl-tiny", "tnl-tiny model.attention=lightning"], "seq_lens": [64]}, None),
+        ({"num_gpus": 3}, "3 ranks can't share evenly"),
+    ],
+)
+def test_bad_sweeps_are_refused_by_name(changes, message):
+    if message is None:
+        assert len(expand(definition(**changes))) == 2
+        return
+    with pytest.raises(SettingError, match=message):
+        expand(definition(**changes))
+
+
+# Running
+
+
+def test_one_failure_does_not_end_the_sweep(tmp_path):
+    sweep = definition(models=["tnl-tiny", "llama-tiny", "tnl-tiny seed=1", "tnl-tiny seed=2"], seq_lens=[64])
+    kinds = {"llama-tiny": "oom", "tnl-tiny": "fail", "tnl-tiny seed=1": "killed"}
+    manifest = run(tmp_path, sweep, kinds)
+    assert statuses(manifest) == ["failed", "oom", "failed", "done"]
+    failed, oom, killed, done = manifest.records.values()
+    assert failed["error"] == "first line | error: no such thing | exit code 1"
+    assert oom["error"].startswith("torch.OutOfMemoryError: CUDA out of memory")
+    assert killed["error"] == "killed by signal 9"
+    assert done["error"] is None
+    rows = read_csv(tmp_path)
+    assert [row["status"] for row in rows] == ["failed", "oom", "failed", "done"]
+    assert rows[0]["tokens_per_second"] == ""
+    text = (tmp_path / "table.md").read_text()
+    assert "| llama-tiny | OOM |" in text
+    assert "- tnl-tiny, seq_len 64: first line | error: no such thing" in text
+
+
+def test_the_same_command_runs_only_what_is_missing(tmp_path):
+    kinds = {"llama-tiny": "fail"}
+    sweep = definition(models=["tnl-tiny", "llama-tiny"], seq_lens=[64])
+    run(tmp_path, sweep, kinds)
+    run(tmp_path, sweep, kinds)
+    assert starts(tmp_path) == [1, 1]
+    manifest = run(tmp_path, sweep, {}, retry=["failed"])
+    assert starts(tmp_path) == [2, 1]  # in order of names: llama-tiny again
+    assert statuses(manifest) == ["done", "done"]
+
+
+def test_points_can_be_added_and_nothing_else_changed(tmp_path):
+    run(tmp_path, definition(), {})
+    manifest = run(tmp_path, definition(models=["tnl-tiny", "llama-tiny"], seq_lens=[32, 64, 128]), {})
+    assert statuses(manifest) == ["done"] * 6
+    assert sorted(starts(tmp_path)) == [1] * 6
+    before = (tmp_path / "sweep.json").read_bytes()
+    for changes, message in [
+        ({"steps": 5}, r"sweep\.steps=5 \(there: 4\)"),
+        ({"skip_steps": 2}, r"sweep\.skip_steps=2 \(there: 1\)"),
+        ({"seq_lens": [64]}, r"sweep\.seq_lens=\[64\] \(there: \[32, 64, 128\]\)"),
+        ({"cross": ["seed=1,2"]}, r"sweep\.cross=\['seed=1,2'\] \(there: \[\]\)"),
+    ]:
+        with pytest.raises(SettingError, match=message):
+            run(tmp_path, definition(**changes), {})
+    assert (tmp_path / "sweep.json").read_bytes() == before
+
+
+def test_a_damaged_manifest_is_refused(tmp_path):
+    (tmp_path / "sweep.json").write_text('{"points": 3}')
+    with pytest.raises(ValueError, match=r"sweep\.json: not a sweep's manifest"):
+        run(tmp_path, definition(), {})
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(ValueError, match=r"sweep\.json is not valid JSON"):
+        run(tmp_path, definition(), {})
+
+
+def test_points_run_in_parallel_on_groups_of_gpus(tmp_path):
+    devices = [Device(str(index), "a GPU", 80.0) for index in range(5)]
+    groups = places(devices, 2)
+    assert [[device.id for device in group] for group in groups] == [["0", "1"], ["2", "3"]]
+    with pytest.raises(SettingError, match=r"sweep\.num_gpus=6, but 5 GPU"):
+        places(devices, 6)
+    manifest = run(tmp_path, definition(seq_lens=[32, 64, 128], num_gpus=2), {}, groups=groups)
+    assert statuses(manifest) == ["done"] * 3
+    assert {record["device"] for record in manifest.records.values()} == {"2 x a GPU"}
+
+
+def test_commands(tmp_path):
+    point = expand(definition())[0]
+    folder = tmp_path / "it's, a=b"
+    command, variables = point_command(point, folder, "python", 1, CPU)
+    assert command[:2] == [sys.executable, str(ROOT / "train.py")]
+    assert variables["DS_ACCELERATOR"] == "cpu"
+    from training.config import TrainConfig
+
+    assert compose(TrainConfig, command[2:], "train").run_dir == str(folder)
+    command, _ = point_command(point, folder, "deepspeed", 2, CPU)
+    assert command[1:3] == ["-m", "deepspeed.launcher.runner"]
+    assert command[command.index("--num_accelerators") + 1] == "2"
+    gpus = (Device("3", "a GPU", 80.0), Device("5", "a GPU", 80.0))
+    ports = set()
+    for _ in range(2):
+        command, variables = point_command(point, folder, "deepspeed", 2, gpus)
+        assert variables == {"CUDA_VISIBLE_DEVICES": "3,5"}
+        assert "--num_gpus" not in command  # it would make the launcher ignore CUDA_VISIBLE_DEVICES
+        ports.add(command[command.index("--master_port") + 1])
+    assert len(ports) == 2
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_scripts_sweep import definition, run, statuses
+sweep = definition(models=["tnl-tiny", "llama-tiny"], seq_lens=[64])
+print(statuses(run(Path(sys.argv[1]), sweep, {"llama-tiny": "hang"})), flush=True)
+"""
+
+
+def start_driver(folder: Path) -> subprocess.Popen:
+    """A sweep in a process of its own, returned once its second point hangs."""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (folder / "points" / "llama-tiny-seq-len-64" / "started").exists():
+        assert time.monotonic() < deadline
+        assert driver.poll() is None
+        time.sleep(0.1)
+    return driver
+
+
+def marked_processes(folder: Path) -> list[str]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"SWEEP_POINT={folder}".encode() in entry.read_bytes():
+                found.append(entry.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_points_and_the_sweep_goes_on_later(tmp_path, number):
+    driver = start_driver(tmp_path)
+    driver.send_signal(number)
+    printed, _ = driver.communicate(timeout=60)
+    assert printed.strip() == "['done', 'stopped']"
+    assert marked_processes(tmp_path) == []
+    assert [row["status"] for row in read_csv(tmp_path)] == ["done", "stopped"]
+    sweep = definition(models=["tnl-tiny", "llama-tiny"], seq_lens=[64])
+    assert statuses(run(tmp_path, sweep, {})) == ["done", "done"]
+    assert starts(tmp_path) == [2, 1]
+
+
+def test_after_a_sigkill_the_left_over_point_is_ended_and_run_again(tmp_path):
+    driver = start_driver(tmp_path)
+    driver.kill()
+    driver.communicate()
+    assert marked_processes(tmp_path) != []
+    manifest = json.loads((tmp_path / "sweep.json").read_text())
+    assert [record["status"] for record in manifest["points"].values()] == ["running", "done"]
+    stop_processes([tmp_path / "points" / name for name in manifest["points"]])
+    assert marked_processes(tmp_path) == []
+    sweep = definition(models=["tnl-tiny", "llama-tiny"], seq_lens=[64])
+    assert statuses(run(tmp_path, sweep, {})) == ["done", "done"]
+    assert starts(tmp_path) == [2, 1]
+
+
+# Results
+
+
+def test_measurements_leave_out_the_first_steps(tmp_path):
+    run(tmp_path, definition(models=["llama-tiny"], seq_lens=[64]), {"llama-tiny": "softmax"})
+    folder = tmp_path / "points" / "llama-tiny-seq-len-64"
+    assert measure(folder, definition()) == {
+        "tokens_per_second": 1000 * 16,
+        "step_ms": 30.0,
+        "mfu": 0.25,
+        "peak_memory_gib": 6.0,
+        "loss": 1.0,
+        "valid_loss": None,
+        "steps_measured": 3,
+    }
+    assert measure(folder, definition(steps=9, skip_steps=4)) is None
+    assert not (folder / "checkpoints").exists()  # of a finished point they are removed
+
+
+def test_csv_and_table(tmp_path):
+    sweep = definition(models=["tnl-tiny", "llama-tiny"], seq_lens=[512, 1024, 2048], batch_tokens=4096)
+    manifest = run(tmp_path, sweep, {"llama-tiny": "softmax"})
+    rows = read_csv(tmp_path)
+    assert [(row["model"], row["seq_len"]) for row in rows[:2]] == [("tnl-tiny", "512"), ("tnl-tiny", "1024")]
+    first = rows[0]
+    assert (first["status"], first["tokens_per_second"], first["loss"]) == ("done", "1003", "1.0")
+    assert (first["peak_memory_gib"], first["mfu"], first["steps_measured"]) == ("6.0", "0.25", "3")
+    text = (tmp_path / "table.md").read_text()
+    assert "Speeds are medians over steps 2 to 4 (3 steps" in text
+    assert "| tnl-tiny | 1,003 | 1,003 | 1,003 | 1.000 |" in text
+    assert "| llama-tiny | 2,000 | 1,000 | 500 | 4.000 |" in text
+    assert "| seq_len | 512 | 1K | 2K | max/min |" in text
+    # ahead by log(1003/1000) at 1024, behind by log(2000/1003) at 512: just below 1024
+    assert "tnl-tiny against llama-tiny: faster from about 1,000 tokens on (between 512 and 1,024" in text
+    assert "| tnl-tiny | 25.0% | 25.0% | 25.0% |" in text
+    assert "a CPU" in text
+    for name in ("tokens_per_second", "peak_memory", "loss"):
+        assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert b"<svg" in (tmp_path / "plots" / f"{name}.svg").read_bytes()
+    assert outcome(next(iter(manifest.records.values()))).startswith("1,003 tokens/s, MFU 25.0%, 6.0 GiB")
+
+
+def test_the_papers_figures_stand_beside_ours(tmp_path):
+    models = ["tnl-385m", "tnl-385m model.attention=quadratic", "llama-385m"]
+    sweep = definition(models=models, seq_lens=[1024, 131072], batch_tokens=131072)
+    points = expand(sweep)
+    assert paper_figures(points[0].config.model)[1024] == 38615
+    rows = rows_of(tmp_path, sweep, Manifest(tmp_path, sweep, points), points)
+    assert [row["paper_tokens_per_second_per_gpu"] for row in rows] == [38615, None, 41789, None, 35931, None]
+    text = table(sweep, Grid(sweep, points, rows), rows)
+    assert "| *paper: TNL-LA2, 385m, A100 80G* | 38,615 | – | – |" in text
+    assert "| tnl-385m | – | – | – |" in text
+
+
+def test_the_axis_is_the_crossed_setting_where_there_is_one_length(tmp_path):
+    sweep = definition(seq_lens=[64], cross=["optim.lr=0.001,0.01"], evaluate=True)
+    manifest = run(tmp_path, sweep, {})
+    points = expand(sweep)
+    grid = Grid(sweep, points, rows_of(tmp_path, sweep, manifest, points))
+    assert (grid.axis, grid.places, grid.loss_key) == ("optim.lr", ["0.001", "0.01"], "valid_loss")
+    assert [line.label for line in grid.lines] == ["tnl-tiny"]
+    assert "| optim.lr | 0.001 | 0.01 |" in (tmp_path / "table.md").read_text()
+    assert [row["optim.lr"] for row in read_csv(tmp_path)] == ["0.001", "0.01"]
+    run(tmp_path / "words", definition(seq_lens=[64], cross=["model.decay=paper,none"]), {})
+    assert (tmp_path / "words" / "plots" / "loss.png").exists()
+
+
+def test_last_lines_of_a_long_log(tmp_path):
+    log = tmp_path / "x.log"
+    log.write_text("".join(f"line {index}\n\n" for index in range(20000)))
+    assert last_lines(log)[-2:] == ["line 19998", "line 19999"]
+    assert len(last_lines(log)) < 10000
+
+
+# The command
+
+
+def sweep_command(*arguments: str) -> subprocess.CompletedProcess:
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "scripts.sweep", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+
+
+def test_dry_run_lists_the_points_and_writes_nothing(tmp_path):
+    done = sweep_command("sweep=seq_len", "gpu=h200", f"run_dir={tmp_path / 's'}", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["point", "micro-batch", "memory", "GiB", "tokens/s", "time"]
+    assert sum(line.startswith(("tnl-385m", "llama-385m")) for line in lines) == 24
+    assert "24 points, 1 at a time: about" in lines[-1]
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep=nosuch"], "nosuch"),
+        (["sweep.steps=0"], "error: sweep.steps=0"),
+        (["launcher=slurm"], "error: launcher='slurm' is unknown. Allowed: deepspeed, python."),
+        (["launcher=python", "sweep.num_gpus=2"], "error: sweep.num_gpus=2 needs launcher=deepspeed"),
+        (["retry=[waiting]"], "Allowed: done, oom, failed"),
+        (["sweep.stepz=3"], "sweep.stepz: unknown setting. Did you mean sweep.steps?"),
+    ],
+)
+def test_wrong_settings_exit_with_2_and_one_line(tmp_path, arguments, message):
+    done = sweep_command(*arguments, f"run_dir={tmp_path / 's'}")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") <= 2
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.slow
+def test_real_points_on_the_cpu(tmp_path):
+    (tmp_path / "text").mkdir()
+    for index in range(40):
+        (tmp_path / "text" / f"{index}.txt").write_text(f"{index} is a number, and so on. " * 40)
+    small = ["tokenizer=bytes", "data=text", f"data.path={tmp_path / 'text'}", f"data.cache_dir={tmp_path}"]
+    small += ["model.num_layers=2", "model.hidden_size=64", "model.num_heads=2", "model.glu_size=64"]
+    arguments = (
+        "sweep.models=[tnl-tiny]",
+        "sweep.seq_lens=[32,64]",
+        "sweep.batch_tokens=128",
+        "sweep.steps=3",
+        "sweep.skip_steps=1",
+        f"sweep.settings={small}",
+        f"run_dir={tmp_path / 's'}",
+    )
+    done = sweep_command("sweep=seq_len_demo", "launcher=deepspeed", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "[2/2] tnl-tiny-seq-len-64:" in done.stderr
+    rows = read_csv(tmp_path / "s")
+    assert [row["status"] for row in rows] == ["done", "done"]
+    assert all(float(row["tokens_per_second"]) > 0 and float(row["loss"]) > 1 for row in rows)
+    assert (tmp_path / "s/points/tnl-tiny-seq-len-32/metrics.jsonl").exists()
+    assert not (tmp_path / "s/points/tnl-tiny-seq-len-32/checkpoints").exists()
+    again = sweep_command("sweep=seq_len_demo", "launcher=deepspeed", *arguments)
+    assert again.returncode == 0
+    assert "2 done" in again.stderr
+    changed = sweep_command("sweep=seq_len_demo", *arguments, "sweep.engine=zero2")
+    assert changed.returncode == 2
+    assert "sweep.engine=zero2 (there: zero1)" in changed.stderr

@@ -1,0 +1,244 @@
+"""A sweep: which training runs it consists of, and where each of them stands.
+
+`SweepDefinition` (the YAML files in configs/sweep/) crosses models, sequence lengths and any other settings
+into points, each one run of train.py. `Manifest` keeps their settings and results in sweep.json, so that the
+same command after a stop runs only what is missing.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.files import explain_write_errors, read_json_object, write_json
+from training.config import TrainConfig, compose, sweep_points
+from training.errors import USER_ERRORS, SettingError
+from training.memory import sequences_per_rank
+from training.metrics import read_metrics
+from training.run_folder import RunFolder
+
+MANIFEST_LIMIT_BYTES = 64 * 2**20
+STATUSES = ("waiting", "running", "done", "oom", "failed", "stopped")
+FINISHED = ("done", "oom", "failed")  # not run again unless asked for
+MAY_GROW = ("models", "seq_lens", "cross")  # may get new points in a sweep that has begun
+
+# Settings of train.py that a sweep sets itself, see `_point`.
+OWNED = (
+    "run_dir",
+    "seq_len",
+    "batch_tokens",
+    "max_steps",
+    "resume",
+    "overwrite",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "sample_every",
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class SweepDefinition:
+    """The group `sweep`: everything that decides what is measured.
+
+    Example:
+        SweepDefinition(models=["tnl-tiny", "tnl-tiny model.attention=quadratic"], seq_lens=[256, 512])
+    """
+
+    name: str = "custom"
+    models: list[str] = field(default_factory=list)  # each a model= choice, then settings of its own
+    seq_lens: list[int] = field(default_factory=list)  # tokens
+    batch_tokens: int = 131072  # tokens of an optimizer step, the same at every length
+    steps: int = 30
+    skip_steps: int = 10  # first steps that speeds leave out: compilation and warm-up
+    engine: str = "zero1"  # engine= choice
+    num_gpus: int = 1  # GPUs of a point; on a CPU its processes
+    settings: list[str] = field(default_factory=list)  # of every point
+    cross: list[str] = field(default_factory=list)  # "key=a,b": every value with every model and length
+    evaluate: bool = False  # score the validation documents at the end
+    save_every: int = 0  # 0: a point that is stopped starts again from its first step
+
+    def __post_init__(self) -> None:
+        for key in ("models", "seq_lens"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise SettingError(f"sweep.{key}={values} names a value twice.")
+        if min(self.seq_lens, default=1) < 1:
+            raise SettingError(f"sweep.seq_lens={self.seq_lens}: all must be at least 1.")
+        for key in ("batch_tokens", "steps", "num_gpus"):
+            if getattr(self, key) < 1:
+                raise SettingError(f"sweep.{key}={getattr(self, key)} must be at least 1.")
+        if not 0 <= self.skip_steps < self.steps:
+            raise SettingError(
+                f"sweep.skip_steps={self.skip_steps} must be at least 0 and below sweep.steps={self.steps}."
+            )
+        if self.save_every < 0:
+            raise SettingError(f"sweep.save_every={self.save_every} must be 0 (off) or more.")
+
+
+@dataclass(slots=True)
+class Point:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its folder under points/; the same settings have the same name.
+        label: the model and its own settings, a line in tables and plots.
+        crossed: the crossed settings, key to value as text.
+        settings: arguments of train.py, all but run_dir.
+        config: what train.py makes of them.
+    """
+
+    name: str
+    label: str
+    seq_len: int
+    crossed: dict[str, str]
+    settings: list[str]
+    config: TrainConfig
+
+
+def expand(sweep: SweepDefinition) -> list[Point]:
+    """All points: models, then crossed settings, then lengths.
+
+    Raises:
+        SettingError: a point that train.py would refuse, or a setting that belongs to the sweep.
+    """
+    for key in ("models", "seq_lens"):
+        if not getattr(sweep, key):
+            raise SettingError(f"sweep.{key} is empty: give at least one, as sweep.{key}=[...].")
+    points = []
+    for entry in sweep.models:
+        model, *own = shlex.split(entry)
+        label = " ".join([model, *(setting.removeprefix("model.") for setting in own)])
+        for crossed in sweep_points(sweep.cross):
+            for seq_len in sweep.seq_lens:
+                chosen = [*sweep.settings, f"model={model}", *own, *crossed]
+                points.append(_point(sweep, label, seq_len, crossed, chosen))
+    names = [point.name for point in points]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise SettingError(f"sweep.models, sweep.cross: {doubled[0]} comes out of them twice.")
+    return points
+
+
+def _point(sweep: SweepDefinition, label: str, seq_len: int, crossed: list[str], chosen: list[str]) -> Point:
+    for setting in chosen:
+        key = setting.split("=", 1)[0]
+        if key in OWNED:
+            raise SettingError(
+                f"{setting}: a sweep sets {key} of its points itself, from run_dir and sweep.seq_lens, "
+                "batch_tokens, steps, evaluate, save_every. Leave it out."
+            )
+    settings = {
+        "engine": sweep.engine,
+        "seq_len": str(seq_len),
+        "batch_tokens": str(sweep.batch_tokens),
+        "max_steps": str(sweep.steps),
+        "log_every": "1",
+        "eval_every": str(sweep.steps if sweep.evaluate else 0),
+        "save_every": str(sweep.save_every),
+        "sample_every": "0",
+        **({} if sweep.evaluate else {"eval_tokens": "1"}),  # start-up reads no validation documents
+        # without checkpoints a stopped point starts again; its measurements come from one process
+        "resume": "auto" if sweep.save_every else "never",
+        "overwrite": "false" if sweep.save_every else "true",
+    }
+    settings |= dict(setting.split("=", 1) for setting in chosen if "=" in setting)
+    arguments = [f"{key}={value}" for key, value in settings.items()]
+    arguments += [setting for setting in chosen if "=" not in setting]  # refused below, by name
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join([label, *crossed, f"seq_len={seq_len}"]))
+    try:
+        config = compose(TrainConfig, arguments, "train")
+        sequences_per_rank(config, sweep.num_gpus)
+    except USER_ERRORS as error:
+        raise SettingError(f"sweep point {name}: {error}") from None
+    return Point(name, label, seq_len, dict(setting.split("=", 1) for setting in crossed), arguments, config)
+
+
+class Manifest:
+    """sweep.json in the sweep's folder: the definition, and for each point its settings, status and result.
+
+    A record holds `settings`, `status` (one of STATUSES), and once run `seconds`, `exit_code`, `device`,
+    `commit`, `error` and `measured` (see `measure`).
+    """
+
+    def __init__(self, folder: Path, sweep: SweepDefinition, points: list[Point]) -> None:
+        """Open the folder's manifest, or begin one; nothing is written before `save`.
+
+        Raises:
+            SettingError: the folder holds another sweep; names what differs.
+            DataError: the file is damaged.
+        """
+        self.path = folder / "sweep.json"
+        self.definition = asdict(sweep)
+        saved: dict[str, Any] = {}
+        if self.path.exists():
+            manifest = read_json_object(self.path, MANIFEST_LIMIT_BYTES)
+            saved = _check_same_sweep(self.path, manifest, self.definition, points)
+        self.records = {
+            point.name: saved.get(point.name, {"settings": point.settings, "status": "waiting"})
+            for point in points
+        }
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        with explain_write_errors(self.path.parent):
+            write_json(self.path, {"definition": self.definition, "points": self.records})
+
+    def missing(self, points: list[Point], retry: list[str]) -> list[Point]:
+        """The points that are not finished, and those whose status is in `retry`."""
+        statuses = {name: record["status"] for name, record in self.records.items()}
+        return [
+            point for point in points if statuses[point.name] not in FINISHED or statuses[point.name] in retry
+        ]
+
+
+def _check_same_sweep(
+    path: Path, manifest: dict[str, Any], definition: dict[str, Any], points: list[Point]
+) -> dict[str, Any]:
+    """The saved records, if the sweep is the one that was begun there, with or without new points."""
+    old, records = manifest.get("definition"), manifest.get("points")
+    if not isinstance(old, dict) or not isinstance(records, dict):
+        raise SettingError(f"{path}: not a sweep's manifest. Choose another run_dir, or delete the file.")
+    settings = {point.name: point.settings for point in points}
+    kept_all = all(settings.get(name) == record.get("settings") for name, record in records.items())
+    differing = [
+        f"sweep.{key}={definition[key]} (there: {old.get(key)})"
+        for key in definition
+        if definition[key] != old.get(key) and not (kept_all and key in MAY_GROW)
+    ]
+    if differing or not kept_all:
+        what = "; ".join(differing) or "the settings of its points (a config has changed)"
+        raise SettingError(
+            f"{path.parent} holds a sweep with other settings: {what}. Points can only be added there: "
+            "use its settings, or another run_dir."
+        )
+    return records
+
+
+def measure(folder: Path, sweep: SweepDefinition) -> dict[str, Any] | None:
+    """A finished point's figures out of its metrics.jsonl, or None if it logged no step to time.
+
+    Speeds are medians over the logged steps after the first `skip_steps`; `steps_measured` says how many.
+    Memory is the largest of all; `loss` is that of the last step, and `valid_loss`, if the sweep evaluates,
+    that of the last evaluation.
+    """
+    lines = read_metrics(RunFolder(folder).metrics)
+    steps = [line for line in lines if "tokens_per_second" in line]
+    timed = [line for line in steps if line["step"] > sweep.skip_steps]
+    if not timed:
+        return None
+    evaluations = [line["valid_loss"] for line in lines if "valid_loss" in line and sweep.evaluate]
+    utilisations = [line["mfu"] for line in timed if line["mfu"] is not None]
+    return {
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in timed),
+        "step_ms": statistics.median(line["step_ms"] for line in timed),
+        "mfu": statistics.median(utilisations) if utilisations else None,
+        "peak_memory_gib": max(line["peak_memory_gib"] for line in steps),
+        "loss": steps[-1]["loss"],
+        "valid_loss": evaluations[-1] if evaluations else None,
+        "steps_measured": len(timed),
+    }

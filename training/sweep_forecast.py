@@ -1,0 +1,72 @@
+"""What a sweep would take, from its settings alone: micro-batch, memory and time of each point, roughly."""
+
+from __future__ import annotations
+
+import torch
+
+from training.errors import SettingError
+from training.memory import (
+    GPU_MEMORY_GIB,
+    find_gpu,
+    largest_micro_batch,
+    memory_parts,
+    predicted_tokens_per_second,
+    resolve_micro_batch,
+    with_vocabulary,
+)
+from training.metrics import PEAK_FLOPS, duration
+from training.sweep import Point, SweepDefinition
+from training.sweep_runner import free_devices, places
+
+ASSUMED_MFU = 0.4
+ASSUMED_CPU_FLOPS = 1e11  # FLOP/s of a rank without a GPU
+START_SECONDS = {True: 60.0, False: 10.0}  # on a GPU or not: imports, data and compilation
+CPU_PROCESS_GIB = 0.6  # libraries, which count as memory on a CPU
+
+
+def forecast(sweep: SweepDefinition, points: list[Point], gpu_name: str | None) -> str:
+    """A table of the points, and how long all of them take.
+
+    Args:
+        gpu_name: the GPU to predict for; None for what this machine has free.
+    """
+    devices = [] if gpu_name else free_devices()
+    gpu = None
+    if gpu_name or devices[0].id is not None:
+        gpu = find_gpu(gpu_name or devices[0].name)
+        if gpu is None:
+            raise SettingError(
+                f"{devices[0].name} is not on record: give gpu=, one of {', '.join(GPU_MEMORY_GIB)}."
+            )
+    at_once = len(places(devices, sweep.num_gpus)) if devices else 1
+    flops = ASSUMED_MFU * PEAK_FLOPS[gpu] if gpu else ASSUMED_CPU_FLOPS
+    width = 2 + max(len(point.name) for point in points)
+    lines = [f"{'point':<{width}}{'micro-batch':>12}{'memory GiB':>16}{'tokens/s':>12}{'time':>12}"]
+    total_seconds = 0.0
+    for point in points:
+        micro_batch, memory = _memory(point, sweep.num_gpus, gpu)
+        speed = predicted_tokens_per_second(with_vocabulary(point.config), sweep.num_gpus, flops)
+        seconds = START_SECONDS[gpu is not None] + sweep.steps * sweep.batch_tokens / speed
+        total_seconds += seconds
+        lines.append(
+            f"{point.name:<{width}}{micro_batch:>12}{memory:>16}{speed:>12,.0f}{duration(seconds):>12}"
+        )
+    assumed = f"{ASSUMED_MFU:.0%} MFU on {gpu}" if gpu else f"{ASSUMED_CPU_FLOPS:.0e} FLOP/s on the CPU"
+    lines.append(
+        f"{len(points)} points, {at_once} at a time: about {duration(total_seconds / at_once)}, "
+        f"at an assumed {assumed}."
+    )
+    return "\n".join(lines)
+
+
+def _memory(point: Point, num_ranks: int, gpu: str | None) -> tuple[int, str]:
+    """The micro-batch that a point will take, and its predicted peak in GiB."""
+    config = with_vocabulary(point.config)
+    if gpu is None or config.micro_batch_size != "auto":
+        size = resolve_micro_batch(config, num_ranks, torch.device("cpu"), None)
+    else:
+        size = max(1, largest_micro_batch(config, num_ranks, GPU_MEMORY_GIB[gpu] * 2**30))
+    peak_gib = sum(memory_parts(config, num_ranks, size).values()) / 2**30
+    if gpu is None:
+        return size, f"{peak_gib + CPU_PROCESS_GIB:.1f}"
+    return size, f"{peak_gib:.1f}" + (" (OOM?)" if peak_gib > GPU_MEMORY_GIB[gpu] else "")

@@ -1,0 +1,341 @@
+"""What a sweep found: results.csv (a row per point), table.md, and plots of speed, memory and loss.
+
+A line of a table or plot is a model with its own settings; the axis is the sequence length, or the first
+crossed setting where there is one length only.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data.files import explain_write_errors, write_atomically
+from models.config import ModelConfig
+from training.sweep import Manifest, Point, SweepDefinition
+
+COLUMNS = (
+    "model",
+    "seq_len",
+    "status",
+    "tokens_per_second",
+    "peak_memory_gib",
+    "loss",
+    "valid_loss",
+    "mfu",
+    "step_ms",
+    "steps_measured",
+)
+MORE_COLUMNS = (
+    "paper_tokens_per_second_per_gpu",
+    "attention",
+    "batch_tokens",
+    "steps",
+    "engine",
+    "num_gpus",
+    "device",
+    "commit",
+    "seconds",
+    "run_folder",
+    "error",
+)
+
+# Tokens/s per GPU on 2 A100 80G, by (size, attention) and length (arXiv 2405.17381, "Various Lengths,
+# Constant Speed"); the batch is not stated. None: out of memory.
+PAPER_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 81920, 94208)
+PAPER = {
+    ("385m", "softmax"): (35931, 32453, 28184, 21996, 15479, 9715, 5643, 4604, 4078),
+    ("385m", "quadratic"): (41789, 39043, 34894, 28627, 21112, 13852, 8247, 6824, 6012),
+    ("385m", "lightning"): (38615, 38680, 38714, 38172, 37755, 37364, 38278, 38457, 38596),
+    ("1b", "softmax"): (14897, 13990, 12644, 10887, 8468, 5836, 3820, 3167, None),
+    ("1b", "quadratic"): (21195, 20128, 18553, 16012, 12594, 8848, 5611, 4625, None),
+    ("1b", "lightning"): (20052, 19967, 20009, 19841, 19805, 19691, 20077, 20186, None),
+    ("3b", "softmax"): (7117, 6708, 6008, 4968, 3755, 2558, None, None, None),
+    ("3b", "quadratic"): (8001, 7649, 7117, 6152, 4859, 3512, None, None, None),
+    ("3b", "lightning"): (7524, 7593, 7599, 7559, 7545, 7545, None, None, None),
+}
+PAPER_NAMES = {"softmax": "LLaMA-FA2", "quadratic": "TNL-LA1", "lightning": "TNL-LA2"}
+CELLS = {"oom": "OOM", "failed": "failed", "stopped": "stopped", "running": "running", "waiting": "–"}
+SAME_SIZE = 1.1  # largest ratio of parameters between models whose speeds are set against each other
+
+
+def write_results(folder: Path, sweep: SweepDefinition, manifest: Manifest, points: list[Point]) -> None:
+    """Write results.csv, table.md and plots/ into the sweep's folder, from the manifest alone."""
+    rows = rows_of(folder, sweep, manifest, points)
+    grid = Grid(sweep, points, rows)
+    with explain_write_errors(folder):
+        write_atomically(folder / "results.csv", _csv(rows).encode())
+        write_atomically(folder / "table.md", table(sweep, grid, rows).encode())
+        (folder / "plots").mkdir(exist_ok=True)
+        for name, (key, title) in grid.plots().items():
+            plot(folder / "plots" / name, grid, key, title)
+
+
+def rows_of(folder: Path, sweep: SweepDefinition, manifest: Manifest, points: list[Point]) -> list[dict]:
+    """One dictionary per point with COLUMNS, the crossed settings, and MORE_COLUMNS."""
+    rows = []
+    for point in points:
+        record = manifest.records[point.name]
+        figures = {"model": point.label, "seq_len": point.seq_len, "status": record["status"]}
+        figures |= record.get("measured") or {}
+        figures |= {
+            "paper_tokens_per_second_per_gpu": paper_figures(point.config.model).get(point.seq_len),
+            "attention": point.config.model.attention,
+            "batch_tokens": sweep.batch_tokens,
+            "steps": sweep.steps,
+            "engine": sweep.engine,
+            "num_gpus": sweep.num_gpus,
+            "run_folder": str(folder / "points" / point.name),
+        }
+        figures |= {key: record.get(key) for key in ("device", "commit", "seconds", "error")}
+        columns = {key: figures.get(key) for key in COLUMNS}
+        rows.append(columns | point.crossed | {key: figures.get(key) for key in MORE_COLUMNS})
+    return rows
+
+
+def paper_figures(model: ModelConfig) -> dict[int, int | None]:
+    """What the paper measured for the model's size and attention, by length; {} if it did not."""
+    return dict(zip(PAPER_LENGTHS, PAPER.get((_size(model), model.attention), ()), strict=False))
+
+
+def _size(model: ModelConfig) -> str:
+    """The size in a model's name, "385m" of "tnl-385m"."""
+    return model.name.rsplit("-", 1)[-1]
+
+
+def _csv(rows: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+@dataclass(slots=True)
+class Line:
+    """One line of the tables and plots: a model with its own and crossed settings.
+
+    Attributes:
+        rows: rows of results.csv by their place on the axis.
+    """
+
+    label: str
+    model: ModelConfig
+    rows: dict[Any, dict]
+
+    def values(self, key: str) -> dict[Any, float]:
+        """A column's values along the axis; points without one are left out."""
+        return {place: row[key] for place, row in self.rows.items() if row[key] is not None}
+
+
+class Grid:
+    """The points laid out as lines over an axis.
+
+    Attributes:
+        axis: "seq_len", or the first crossed setting with several values where there is one length only.
+        places: the axis' values in order: lengths, or values as text.
+    """
+
+    def __init__(self, sweep: SweepDefinition, points: list[Point], rows: list[dict]) -> None:
+        keys = list(points[0].crossed)
+        several = [key for key in keys if len({point.crossed[key] for point in points}) > 1]
+        self.axis = several[0] if len(sweep.seq_lens) == 1 and several else "seq_len"
+        self.sweep = sweep
+        self.places = list(dict.fromkeys(row[self.axis] for row in rows))
+        if self.axis == "seq_len":
+            self.places.sort()
+        lines: dict[str, Line] = {}
+        for point, row in zip(points, rows, strict=True):
+            others = [f"{key}={value}" for key, value in point.crossed.items() if key != self.axis]
+            label = " ".join([point.label, *others])
+            lines.setdefault(label, Line(label, point.config.model, {})).rows[row[self.axis]] = row
+        self.lines = list(lines.values())
+
+    @property
+    def loss_key(self) -> str:
+        """The column that says how good a point is."""
+        return "valid_loss" if self.sweep.evaluate else "loss"
+
+    def plots(self) -> dict[str, tuple[str, str]]:
+        """File name to column and title of each plot."""
+        kind = "validation" if self.sweep.evaluate else f"training, step {self.sweep.steps}"
+        return {
+            "tokens_per_second": ("tokens_per_second", "tokens/s"),
+            "peak_memory": ("peak_memory_gib", "peak memory (GiB)"),
+            "loss": (self.loss_key, f"loss (nats per token, {kind})"),
+        }
+
+
+def table(sweep: SweepDefinition, grid: Grid, rows: list[dict]) -> str:
+    """The whole of table.md."""
+    done = sum(row["status"] == "done" for row in rows)
+    devices = sorted({row["device"] for row in rows if row["device"]})
+    commits = sorted({row["commit"] for row in rows if row["commit"]})
+    parts = [
+        f"# Sweep {sweep.name}",
+        f"{done} of {len(rows)} points done. Device: {'; '.join(devices) or '–'}. "
+        f"Commit: {', '.join(commits) or 'none'} (+: with changes). {sweep.num_gpus} rank(s) a point, "
+        f"engine {sweep.engine}, {sweep.batch_tokens:,} tokens a step.",
+        f"Speeds are medians over steps {sweep.skip_steps + 1} to {sweep.steps} "
+        f"({sweep.steps - sweep.skip_steps} steps, one run a point).",
+        "## Tokens/s per GPU" if sweep.num_gpus > 1 else "## Tokens/s",
+        _speed_table(grid),
+        _crossovers(grid),
+    ]
+    if any(row["mfu"] is not None for row in rows):
+        parts += ["## Model FLOPs utilisation", _matrix(grid, "mfu", "{:.1%}")]
+    else:
+        parts.append("Model FLOPs utilisation: not known, this device's peak is not on record.")
+    parts += ["## Peak memory (GiB)", _matrix(grid, "peak_memory_gib", "{:.2f}")]
+    parts += [f"## {grid.plots()['loss'][1].capitalize()}", _matrix(grid, grid.loss_key, "{:.4f}")]
+    parts += [
+        "## Plots",
+        "\n".join(f"![{title}](plots/{name}.png)" for name, (_, title) in grid.plots().items()),
+    ]
+    errors = [f"- {row['model']}, seq_len {row['seq_len']}: {row['error']}" for row in rows if row["error"]]
+    if errors:
+        parts += ["## Points that did not finish", "\n".join(errors)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _speed_table(grid: Grid) -> str:
+    """Tokens/s of every line, flatness, and under it the paper's figures where the size is the same."""
+    num_gpus = grid.sweep.num_gpus
+    heads = [_place_text(place) for place in grid.places]
+    body = []
+    for line in grid.lines:
+        speeds = {place: value / num_gpus for place, value in line.values("tokens_per_second").items()}
+        cells = [_cell(line, place, speeds, "{:,.0f}") for place in grid.places]
+        body.append([line.label, *cells, _flatness(speeds)])
+        paper = paper_figures(line.model) if grid.axis == "seq_len" else {}
+        shown = {place: paper[place] for place in grid.places if place in paper}
+        if shown:
+            name = f"*paper: {PAPER_NAMES[line.model.attention]}, {_size(line.model)}, A100 80G*"
+            cells = [
+                ("OOM" if shown[p] is None else f"{shown[p]:,}") if p in shown else "–" for p in grid.places
+            ]
+            body.append([name, *cells, _flatness({p: v for p, v in shown.items() if v is not None})])
+    return _markdown([grid.axis, *heads, "max/min"], body)
+
+
+def _flatness(speeds: dict[Any, float]) -> str:
+    """Largest over smallest speed: 1 for a speed that does not depend on the length."""
+    return f"{max(speeds.values()) / min(speeds.values()):.3f}" if len(speeds) > 1 else "–"
+
+
+def _matrix(grid: Grid, key: str, form: str) -> str:
+    heads = [_place_text(place) for place in grid.places]
+    body = [
+        [line.label, *(_cell(line, place, line.values(key), form) for place in grid.places)]
+        for line in grid.lines
+    ]
+    return _markdown([grid.axis, *heads], body)
+
+
+def _cell(line: Line, place: Any, values: dict[Any, float], form: str) -> str:
+    if place in values:
+        return form.format(values[place])
+    return CELLS.get(line.rows[place]["status"], "–") if place in line.rows else "–"
+
+
+def _place_text(place: Any) -> str:
+    """A length as 1K, 128K; other places as they are."""
+    return f"{place // 1024}K" if isinstance(place, int) and place % 1024 == 0 else str(place)
+
+
+def _markdown(heads: list[str], body: list[list[str]]) -> str:
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *body]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _crossovers(grid: Grid) -> str:
+    """Where each linear model passes the softmax model of its size."""
+    if grid.axis != "seq_len":
+        return ""
+    sentences = []
+    for ours in grid.lines:
+        for theirs in grid.lines:
+            if (ours.model.attention, theirs.model.attention) != ("lightning", "softmax"):
+                continue
+            sizes = sorted(_body_parameters(line.model) for line in (ours, theirs))
+            if sizes[1] <= SAME_SIZE * sizes[0]:
+                sentences.append(f"- {ours.label} against {theirs.label}: {_crossover(ours, theirs)}")
+    return "\n".join(["Crossover of speeds:", "", *sentences]) if sentences else ""
+
+
+def _body_parameters(model: ModelConfig) -> int:
+    """Parameters without the embedding, whose size follows the tokenizer."""
+    return replace(model, vocab_size=1).num_parameters()
+
+
+def _crossover(ours: Line, theirs: Line) -> str:
+    """From which length on `ours` is faster, interpolated on log scales between measured lengths."""
+    our_speeds, their_speeds = ours.values("tokens_per_second"), theirs.values("tokens_per_second")
+    lengths = sorted(our_speeds.keys() & their_speeds.keys())
+    if not lengths:
+        return "no length measured for both."
+    leads = [math.log(our_speeds[length] / their_speeds[length]) for length in lengths]
+    if leads[-1] <= 0:
+        return f"not faster up to {lengths[-1]:,} tokens."
+    behind = [index for index, lead in enumerate(leads) if lead <= 0]
+    if not behind:
+        return f"faster at every length measured, from {lengths[0]:,} tokens on."
+    low = behind[-1]
+    share = leads[low] / (leads[low] - leads[low + 1])
+    crossing = lengths[low] * (lengths[low + 1] / lengths[low]) ** share
+    between = f"between {lengths[low]:,} and {lengths[low + 1]:,}"
+    return f"faster from about {float(f'{crossing:.2g}'):,.0f} tokens on ({between}, interpolated)."
+
+
+def plot(path: Path, grid: Grid, key: str, title: str) -> None:
+    """Draw a column over the axis, one line per model, as PNG and SVG; a cross at the foot says OOM."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    numeric = _numbers(grid.places)
+    for index, line in enumerate(grid.lines):
+        values = line.values(key)
+        color = f"C{index}"
+        x = [numeric[place] for place in grid.places if place in values]
+        y = [values[place] for place in grid.places if place in values]
+        axes.plot(x, y, marker="o", color=color, label=line.label)
+        lost = [numeric[place] for place, row in line.rows.items() if row["status"] == "oom"]
+        if lost:
+            at_foot = axes.get_xaxis_transform()
+            axes.plot(lost, [0.02 + 0.03 * index] * len(lost), "x", color=color, transform=at_foot)
+    if grid.axis == "seq_len":
+        axes.set_xscale("log", base=2)
+    elif not _categories(grid.places):
+        axes.set_xscale("log")
+    axes.set_xticks(list(numeric.values()), [_place_text(place) for place in grid.places])
+    axes.xaxis.set_minor_locator(NullLocator())
+    if "loss" not in key:
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("sequence length (tokens)" if grid.axis == "seq_len" else grid.axis)
+    axes.set_ylabel(title)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.set_title(f"{grid.sweep.name}: {title}")
+    for suffix in ("png", "svg"):
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=suffix, dpi=150)
+        write_atomically(path.with_suffix(f".{suffix}"), drawn.getvalue())
+
+
+def _numbers(places: list) -> dict[Any, float]:
+    """Where each place lies on the x axis: at its value, or if one is no positive number, in a row."""
+    if _categories(places):
+        return {place: float(index) for index, place in enumerate(places)}
+    return {place: float(place) for place in places}
+
+
+def _categories(places: list) -> bool:
+    try:
+        return any(not float(place) > 0 for place in places)
+    except ValueError:
+        return True
