@@ -23,6 +23,7 @@ from training.distributed import World
 from training.engine import Fragment
 from training.errors import SettingError
 from training.evaluate_checkpoints import EvalConfig, evaluate_checkpoints
+from training.model_folder import write_model_folder
 from training.weights import load_model
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -227,6 +228,38 @@ def test_points_that_fail_leave_the_others(folder, capsys, monkeypatch):
     ]
     assert [result["seq_len"] for result in results_of(run)["results"]] == [32]
     assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[2:]] == ["32"]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_an_export_scores_as_its_checkpoint_and_as_transformers_does(folder, capsys):
+    from transformers import AutoModelForCausalLM
+
+    run = make_run(folder / "run")
+    trained = load_model(run / "checkpoints/step_00000003")
+    write_model_folder(trained.model, trained.tokenizer, Path("export"))
+    score("checkpoint=run", "data.path=corpus.jsonl", "seq_lens=[32]")
+    score("checkpoint=export", "data.path=corpus.jsonl", "seq_lens=[32]")
+    loss = results_of(run)["results"][0]["loss"]
+    exported = json.loads(Path("export/eval/export-corpus.json").read_text())
+    assert exported["step"] is None
+    assert exported["results"][0]["loss"] == pytest.approx(loss, abs=1e-6)
+    theirs = AutoModelForCausalLM.from_pretrained("export", trust_remote_code=True, dtype=torch.float32)
+    losses: list[float] = []
+    for line in Path("corpus.jsonl").read_text().splitlines():
+        ids = torch.tensor([1, *(4 + byte for byte in json.loads(line)["text"].encode()), 2])
+        for start in range(0, len(ids) - 1, 32):
+            targets = ids[start + 1 : start + 33]
+            logits = theirs(ids[None, start : start + len(targets)]).logits[0]
+            losses += torch.nn.functional.cross_entropy(logits, targets, reduction="none").tolist()
+    assert np.mean(losses) == pytest.approx(loss, abs=1e-4)
+    capsys.readouterr()
+    assert score("checkpoint='[re][ux][np]*'", "data.path=corpus.jsonl", "seq_lens=[32]") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["export", "run"]
+    with pytest.raises(SettingError, match="data is not set, and export does not say"):
+        score("checkpoint=export")
+    with pytest.raises(SettingError, match="seq_lens is not set, and export does not say"):
+        score("checkpoint=export", "data.path=corpus.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def make_folder(path) -> RunFolder:
         result = {
             "seq_len": 64,
             "window": "disjoint",
+            "precision": "bf16",
             "tokens": 5,
             "bytes": 9,
             "loss": 4.0 + step,
@@ -60,7 +61,7 @@ def test_full_report(tmp_path):
     assert "| training loss | 4.2500 nats per token |" in report
     assert "| validation bits per byte | 2.0000 |" in report
     assert "| steps skipped for a non-finite gradient | 1 |" in report
-    assert "| step 3 | some\\|text | 64 | disjoint | 5 | 7.0000 | – | 55.000 | – | 2.5000 |" in report
+    assert "| step 3 | some\\|text | 64 | disjoint | bf16 | 5 | 7.0000 | – | 55.000 | – | 2.5000 |" in report
     assert "````text\ndef x():\n```\n# not a heading\n````" in report
     names = ["loss", "optimization", "throughput", "perplexity_by_length", "loss_by_position"]
     for name in [*names, "perplexity_over_tokens"]:

@@ -225,7 +225,7 @@ class _Guarded:
 
     def check(self, point: str, world: World) -> None:
         """Raise on every rank if any of them has run out of memory."""
-        failed = world.any(self._problem is not None)
+        failed = any(world.gather(self._problem is not None))
         self._problem = None
         if failed:
             if world.device.type == "cuda":
