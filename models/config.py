@@ -21,7 +21,7 @@ CHOICES = {
     "norm": ("srmsnorm", "rmsnorm", "layernorm"),
     "channel_mixer": ("sglu", "swiglu"),
     "backend": ("auto", "triton", "torch", "reference"),
-    "activation_checkpointing": ("none", "full"),
+    "activation_checkpointing": ("none", "selective", "full"),
 }
 
 
@@ -57,7 +57,8 @@ class ModelConfig:
     init_std: float = 0.02
     dropout: float = 0.0  # on the embedding and on both residual branches
     backend: str = "auto"  # of lightning_attention
-    activation_checkpointing: str = "none"  # full: recompute every block in backward
+    # What backward recomputes: nothing; selective, all but matrix products and attention; full, every block.
+    activation_checkpointing: str = "none"
 
     def __post_init__(self) -> None:
         for key, allowed in CHOICES.items():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from models.attention import LRPE, GatedLinearAttention
 from models.config import ModelConfig
@@ -20,6 +20,12 @@ from models.layers import Embedding, GatedLinearUnit, LMHead, make_norm
 from models.llama import SoftmaxAttention
 
 PREFILL_TOKENS = 4096  # a longer prompt is read in chunks of this length
+KEPT_RESULTS = (
+    "aten.mm.default",
+    "lightning_attention.forward.default",
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_cudnn_attention.default",
+)
 
 
 @dataclass
@@ -44,10 +50,35 @@ class Block(nn.Module):
         self.channel_mixer = GatedLinearUnit(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, state: Any, keep_state: bool):
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None,
+        state: Any,
+        keep_state: bool,
+        recompute: str = "none",
+    ) -> tuple[Tensor, Any]:
+        """x (B, N, D) → (B, N, D) and the next state; `recompute` as `activation_checkpointing`."""
+        arguments = (x, positions, cu_seqlens, state, keep_state)
+        if recompute == "none":
+            return self._mix(*arguments)
+        contexts = {"context_fn": _keep_products} if recompute == "selective" else {}
+        return checkpoint(self._mix, *arguments, use_reentrant=False, **contexts)
+
+    def _mix(self, x, positions, cu_seqlens, state, keep_state):
         mixed, state = self.token_mixer(self.token_norm(x), positions, cu_seqlens, state, keep_state)
         x = x + self.dropout(mixed)
         return x + self.dropout(self.channel_mixer(self.channel_norm(x))), state
+
+
+def _keep_products():
+    """Selective recomputation: keep what matrix products and attention gave, recompute the rest."""
+    return create_selective_checkpoint_contexts(_selective_policy)
+
+
+def _selective_policy(_, operator, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if str(operator) in KEPT_RESULTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Backbone(nn.Module):
@@ -67,15 +98,11 @@ class Backbone(nn.Module):
         start = state.position if state is not None else 0
         positions = token_positions(tokens.shape[1], start, cu_seqlens, tokens.device)
         x = self.dropout(self.embed_tokens(tokens, dtype))
-        recompute = self.config.activation_checkpointing == "full" and torch.is_grad_enabled()
+        recompute = self.config.activation_checkpointing if torch.is_grad_enabled() else "none"
         next_layers = []
         for index, block in enumerate(self.layers):
             layer_state = state.layers[index] if state is not None and state.layers else None
-            arguments = (x, positions, cu_seqlens, layer_state, state is not None)
-            if recompute:
-                x, layer_state = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x, layer_state = block(*arguments)
+            x, layer_state = block(x, positions, cu_seqlens, layer_state, state is not None, recompute)
             next_layers.append(layer_state)
         if state is not None:
             lengths = tokens.shape[1] if cu_seqlens is None else cu_seqlens.diff().long()

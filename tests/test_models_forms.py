@@ -108,9 +108,10 @@ def gradients(model: TransNormer, tokens: torch.Tensor) -> tuple[torch.Tensor, d
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def test_activation_checkpointing_changes_nothing(model):
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing_changes_nothing(model, mode):
     tokens = random_tokens(2, 41)
-    recomputed = make_model(dataclasses.replace(model.config, activation_checkpointing="full"))
+    recomputed = make_model(dataclasses.replace(model.config, activation_checkpointing=mode))
     (loss, grads), (loss2, grads2) = gradients(model, tokens), gradients(recomputed, tokens)
     assert loss == loss2
     for name, grad in grads.items():
