@@ -30,6 +30,7 @@ class Launch:
     value_block: int  # columns of the state that one program holds; the key dim is never split
     walk: Warps
     dk_dv: Warps | None = None  # None: dk and dv in a walk each, where one state and both outputs don't fit
+    split_weights: bool = False  # add rows to the state twice, which rounds less: see add_rows
 
 
 # Largest padded head dim -> launch, for 16-bit inputs. Registers and spills of each are in docs/kernels.md.

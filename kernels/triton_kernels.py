@@ -22,7 +22,6 @@ from torch import Tensor
 from kernels.launch import Warps, choose_launch, padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-SLOW_LOG2_DECAY = tl.constexpr(0.1)  # slopes below 0.069
 RUNTIME_SIZES = ["N", "P", "H"]  # a new value never recompiles
 
 
@@ -33,24 +32,26 @@ def decay_powers(log2_decay, distance):
 
 
 @triton.jit
-def mean_decay(log2_decay, C: tl.constexpr):
-    """Mean of λ^0 to λ^(C-1) for heads that decay slowly, else 0: see add_rows."""
-    mean = tl.sum(decay_powers(log2_decay, tl.arange(0, C)), axis=0) / C
-    return tl.where(log2_decay > -SLOW_LOG2_DECAY, mean, 0.0)
+def state_scale(log2_decay, C: tl.constexpr, SPLIT: tl.constexpr):
+    """What the state in registers is divided by: with SPLIT the mean of λ^0 to λ^(C-1), see add_rows."""
+    scale = 1.0
+    if SPLIT:
+        scale = tl.sum(decay_powers(log2_decay, tl.arange(0, C)), axis=0) / C
+    return scale
 
 
 @triton.jit
-def add_rows(b_s, b_k, b_v, decay, weight, mean):
-    """decay · b_s + Σ_i weight_i v_iᵀ k_i, with b_k [C, BK], b_v [C, BV], weight [C].
+def add_rows(b_s, b_k, b_v, decay, weight, scale, SPLIT: tl.constexpr):
+    """decay · b_s + Σ_i (weight_i / scale) v_iᵀ k_i, with b_k [C, BK], b_v [C, BV], weight [C].
 
-    Rounding weight · v to 16 bits costs as much accuracy as rounding the output does. Where weights differ
-    little from their mean, that part is added without a weight and only the small rest is rounded.
+    Rounding weight · v to 16 bits costs as much accuracy as rounding the output does. With SPLIT the rows
+    are added once without a weight, exactly, and once with the small rest, weight / scale - 1.
     """
-    b_vt = (tl.trans(b_v) * (weight - mean)[None, :]).to(b_k.dtype)  # [BV, C]
-    if mean > 0:
-        b_s = tl.dot(tl.trans(b_v), b_k, b_s * (decay / mean), input_precision="ieee") * mean
-    else:
-        b_s *= decay
+    b_s *= decay
+    if SPLIT:
+        b_s = tl.dot(tl.trans(b_v), b_k, b_s, input_precision="ieee")
+        weight = weight / scale - 1.0
+    b_vt = (tl.trans(b_v) * weight[None, :]).to(b_k.dtype)  # [BV, C]
     return tl.dot(b_vt, b_k, b_s, input_precision="ieee")
 
 
@@ -113,7 +114,7 @@ def walk_kernel(
     q, k, v, o, slopes, initial_state, final_state, segment_states, cu_seqlens,
     q_strides, k_strides, v_strides, o_strides, N, P, H,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SPLIT: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """o_t = q_t S_t with S_t = λ S_{t-1} + k_tᵀ v_t over one segment; REVERSE walks from the last row on.
 
@@ -139,7 +140,8 @@ def walk_kernel(
         b_s = tl.load(initial_state + whole, mask, other=0.0)
 
     log2_decay = -tl.load(slopes + i_h) * LOG2_E
-    mean = mean_decay(log2_decay, C)
+    scale = state_scale(log2_decay, C, SPLIT)
+    b_s /= scale
     o_c = tl.arange(0, C)
     distance = o_c[None, :] - o_c[:, None]  # [C of k, C of q]
     b_decay = decay_powers(log2_decay, -distance if REVERSE else distance)
@@ -153,13 +155,13 @@ def walk_kernel(
         b_v = d_v.load([row, i_v * BV])  # [C, BV]
         b_p = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * b_decay  # [C of k, C of q]
         b_o = tl.dot(b_s.to(b_q.dtype), tl.trans(b_q), input_precision="ieee")  # [BV, C]
-        b_o *= (to_end if REVERSE else through)[None, :]
+        b_o *= (to_end if REVERSE else through)[None, :] * scale
         b_o = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), b_o, input_precision="ieee")
         d_o.store([row, i_v * BV], tl.trans(b_o).to(b_q.dtype))
         decay = tl.exp2(log2_decay * num_rows)
-        b_s = add_rows(b_s, b_k, b_v, decay, through if REVERSE else to_end, mean)
+        b_s = add_rows(b_s, b_k, b_v, decay, through if REVERSE else to_end, scale, SPLIT)
     if final_state is not None and i_p == P - 1:
-        tl.store(final_state + whole, b_s, mask)
+        tl.store(final_state + whole, b_s * scale, mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -167,6 +169,7 @@ def dk_dv_kernel(
     q, k, v, do, dk, dv, slopes, grad_final, grad_initial, segment_grads, cu_seqlens,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, N, P, H,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dk and dv in one reverse walk: walk_kernel's passes for both, with one state for the two.
 
@@ -192,7 +195,8 @@ def dk_dv_kernel(
         b_ds = tl.load(grad_final + whole, mask, other=0.0)
 
     log2_decay = -tl.load(slopes + i_h) * LOG2_E
-    mean = mean_decay(log2_decay, C)
+    scale = state_scale(log2_decay, C, SPLIT)
+    b_ds /= scale
     o_c = tl.arange(0, C)
     b_decay = decay_powers(log2_decay, o_c[:, None] - o_c[None, :])  # [C of q, C of k]
     for i in range(first, last):
@@ -205,24 +209,26 @@ def dk_dv_kernel(
         b_v = d_v.load([row, 0])  # [C, BV]
         b_do = d_do.load([row, 0])  # [C, BV]
         b_dst = b_ds.to(b_k.dtype)  # [BV, BK]
-        b_ds = add_rows(b_ds, b_q, b_do, tl.exp2(log2_decay * num_rows), through, mean)
+        b_ds = add_rows(b_ds, b_q, b_do, tl.exp2(log2_decay * num_rows), through, scale, SPLIT)
         b_p = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_decay  # [C of q, C of k]
-        b_dv = tl.dot(b_dst, tl.trans(b_k), input_precision="ieee") * to_end[None, :]  # [BV, C]
+        b_dv = tl.dot(b_dst, tl.trans(b_k), input_precision="ieee") * (to_end[None, :] * scale)  # [BV, C]
         b_dv = tl.dot(tl.trans(b_do), b_p.to(b_do.dtype), b_dv, input_precision="ieee")
         d_dv.store([row, 0], tl.trans(b_dv).to(b_v.dtype))
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee") * b_decay  # [C of q, C of k]
-        b_dk = tl.dot(tl.trans(b_dst), tl.trans(b_v), input_precision="ieee") * to_end[None, :]  # [BK, C]
+        b_dk = tl.dot(tl.trans(b_dst), tl.trans(b_v), input_precision="ieee") * (
+            to_end[None, :] * scale
+        )  # [BK, C]
         b_dk = tl.dot(tl.trans(b_q), b_dp.to(b_q.dtype), b_dk, input_precision="ieee")
         d_dk.store([row, 0], tl.trans(b_dk).to(b_k.dtype))
     if grad_initial is not None and i_p == P - 1:
-        tl.store(grad_initial + whole, b_ds, mask)
+        tl.store(grad_initial + whole, b_ds * scale, mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def segment_state_kernel(
     k, v, states, slopes, cu_seqlens, k_strides, v_strides, N, P, H,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr,
+    SPLIT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What each segment but the last of the walk adds to the state, (S, P - 1, H, Dk, Dv)."""
     i_seq, i_p, i_h, i_v = program_indices(P - 1, H, tl.cdiv(Dv, BV))
@@ -232,7 +238,7 @@ def segment_state_kernel(
     d_v = describe_rows(v, v_strides, i_b, i_h, begin, length, Dv, C, BV)
 
     log2_decay = -tl.load(slopes + i_h) * LOG2_E
-    mean = mean_decay(log2_decay, C)
+    scale = state_scale(log2_decay, C, SPLIT)
     o_c = tl.arange(0, C)
     b_s = tl.zeros([BV, BK], dtype=tl.float32)
     for i in range(first, last):
@@ -241,10 +247,10 @@ def segment_state_kernel(
         into_state = decay_powers(log2_decay, o_c + 1 if REVERSE else num_rows - 1 - o_c)
         b_k = d_k.load([row, 0])  # [C, BK]
         b_v = d_v.load([row, i_v * BV])  # [C, BV]
-        b_s = add_rows(b_s, b_k, b_v, tl.exp2(log2_decay * num_rows), into_state, mean)
+        b_s = add_rows(b_s, b_k, b_v, tl.exp2(log2_decay * num_rows), into_state, scale, SPLIT)
     offsets, mask = state_tile(i_v, Dk, Dv, BK, BV, False)
     i_state = (i_seq * (P - 1) + i_p) * H + i_h
-    tl.store(states + i_state.to(tl.int64) * (Dk * Dv) + offsets, b_s, mask)
+    tl.store(states + i_state.to(tl.int64) * (Dk * Dv) + offsets, b_s * scale, mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -335,6 +341,7 @@ class _Call:
             "C": self.launch.chunk,
             "BK": padded(k.shape[3]),
             "BV": min(value_block, padded(v.shape[3])),
+            "SPLIT": self.launch.split_weights,
             "num_warps": warps.num_warps,
             "num_stages": warps.num_stages,
         }
