@@ -36,9 +36,10 @@ if kind == "fail":
     sys.exit("error: no such thing")
 if kind == "killed":
     os.kill(os.getpid(), 9)
+os.makedirs(os.path.join(folder, "checkpoints/step_1"), exist_ok=True)
 if kind == "hang":
+    open(os.path.join(folder, "hangs"), "w")
     time.sleep(600)
-os.makedirs(os.path.join(folder, "checkpoints/step_1"))
 with open(os.path.join(folder, "metrics.jsonl"), "w") as file:
     for step in range(1, 5):
         speed = [1, 500, 1000, 3000][step - 1] * 1024 / seq_len if kind == "softmax" else 1000 + step
@@ -210,9 +211,10 @@ def test_points_can_be_added_and_nothing_else_changed(tmp_path):
 
 
 def test_a_damaged_manifest_is_refused(tmp_path):
-    (tmp_path / "sweep.json").write_text('{"points": 3}')
-    with pytest.raises(ValueError, match=r"sweep\.json: not a sweep's manifest"):
-        run(tmp_path, definition(), {})
+    for content in ('{"points": 3}', '{"definition": {}, "points": {"a": []}}'):
+        (tmp_path / "sweep.json").write_text(content)
+        with pytest.raises(ValueError, match=r"sweep\.json: not a sweep's manifest"):
+            run(tmp_path, definition(), {})
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(ValueError, match=r"sweep\.json is not valid JSON"):
         run(tmp_path, definition(), {})
@@ -267,7 +269,7 @@ def start_driver(folder: Path) -> subprocess.Popen:
         [sys.executable, "-c", DRIVER, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
-    while not (folder / "points" / "llama-tiny-seq-len-64" / "started").exists():
+    while not (folder / "points" / "llama-tiny-seq-len-64" / "hangs").exists():
         assert time.monotonic() < deadline
         assert driver.poll() is None
         time.sleep(0.1)
@@ -293,6 +295,7 @@ def test_a_signal_stops_the_points_and_the_sweep_goes_on_later(tmp_path, number)
     assert printed.strip() == "['done', 'stopped']"
     assert marked_processes(tmp_path) == []
     assert [row["status"] for row in read_csv(tmp_path)] == ["done", "stopped"]
+    assert list(tmp_path.glob("points/*/checkpoints")) == []  # a point without save_every starts again
     sweep = definition(models=["tnl-tiny", "llama-tiny"], seq_lens=[64])
     assert statuses(run(tmp_path, sweep, {})) == ["done", "done"]
     assert starts(tmp_path) == [2, 1]

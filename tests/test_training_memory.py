@@ -82,9 +82,9 @@ def test_activations_by_hand():
 def test_loss_holds_one_chunk_of_logits():
     config = ModelConfig(vocab_size=64000, hidden_size=64)
     few = loss_bytes(config, 10)
-    assert few == 10 * 64000 * 20 + 2 * 10 * 64 + 6 * 64000 * 64
+    assert few == 2 * 10 * 64000 + 4 * 10 * 64 + 8 * 64000 * 64
     many, more = loss_bytes(config, 100_000), loss_bytes(config, 100_001)
-    assert more - many == 2 * 64  # only the features' gradient still grows
+    assert more - many == 4 * 64  # only the features' gradient still grows
 
 
 @pytest.mark.parametrize(

@@ -91,15 +91,16 @@ def activation_bytes_per_token(config: ModelConfig, element: int = 2) -> int:
 
 
 def loss_bytes(config: ModelConfig, num_tokens: int, element: int = 2) -> int:
-    """Bytes that the head's loss holds for a micro-batch of `num_tokens` tokens.
+    """Bytes that the head's loss holds on a GPU for a micro-batch of `num_tokens` tokens.
 
-    A chunk's logits, in `element` bytes and in fp32, their log-softmax, softmax and its scored part in fp32,
-    and the logits' gradient; beside them the gradients of the features and, in fp32 and rounded, of the head.
+    A chunk's logits, which their gradient overwrites; the gradients of the features, before and after they
+    are scaled; and that of the head: its fp32 sum, the sum rounded, and a chunk's part of it.
     """
     hidden, vocab = config.hidden_size, config.vocab_size
     assert vocab is not None, "fill it in by with_vocabulary"
-    chunk = min(num_tokens, max(1, LOGITS_PER_CHUNK // vocab)) * vocab
-    return chunk * (2 * element + 4 * 4) + element * num_tokens * hidden + (4 + element) * vocab * hidden
+    chunk_tokens = min(num_tokens, max(1, LOGITS_PER_CHUNK // vocab))
+    logits = element * chunk_tokens * vocab
+    return logits + 2 * element * num_tokens * hidden + (4 + 2 * element) * vocab * hidden
 
 
 def state_parts(config: TrainConfig, num_ranks: int) -> dict[str, float]:

@@ -201,7 +201,11 @@ def _check_same_sweep(
 ) -> dict[str, Any]:
     """The saved records, if the sweep is the one that was begun there, with or without new points."""
     old, records = manifest.get("definition"), manifest.get("points")
-    if not isinstance(old, dict) or not isinstance(records, dict):
+    if (
+        not isinstance(old, dict)
+        or not isinstance(records, dict)
+        or not all(isinstance(record, dict) for record in records.values())
+    ):
         raise SettingError(f"{path}: not a sweep's manifest. Choose another run_dir, or delete the file.")
     settings = {point.name: point.settings for point in points}
     kept_all = all(settings.get(name) == record.get("settings") for name, record in records.items())

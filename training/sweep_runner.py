@@ -233,7 +233,8 @@ class Runner:
             status, error = "oom", reasons[-1]
         else:
             status, error = "failed", " | ".join([*tail[-TAIL_LINES:], _ending(code)])
-        if status == "done" and not self.keep_checkpoints:
+        wanted = self.keep_checkpoints if status == "done" else self.sweep.save_every > 0  # to resume from
+        if not wanted:
             shutil.rmtree(RunFolder(folder).checkpoints, ignore_errors=True)
         record = {
             "status": status,
