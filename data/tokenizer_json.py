@@ -85,17 +85,19 @@ def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Tokenizer
     if all(score == int(score) for score, text in zip(scores, is_text, strict=True) if text):
         vocabulary = {piece: index for index, piece in enumerate(pieces)}
         merges = _merges({p: s for p, s, text in zip(pieces, scores, is_text, strict=True) if text})
-        model = models.BPE(vocab=vocabulary, merges=merges, unk_token=unk, byte_fallback=True, fuse_unk=True)
+        model: models.Model = models.BPE(
+            vocab=vocabulary, merges=merges, unk_token=unk, byte_fallback=True, fuse_unk=True
+        )
     else:
         scored = [(p, s if text else NEVER) for p, s, text in zip(pieces, scores, is_text, strict=True)]
         model = models.Unigram(scored, processor.unk_id(), byte_fallback=True)
     converted = Tokenizer(model)
-    steps = [
+    steps: list[normalizers.Normalizer] = [
         normalizers.Replace(ESCAPE, ESCAPED_ESCAPE),
         normalizers.Replace(SPACE_MARK, ESCAPED_SPACE_MARK),
         normalizers.Replace(" ", SPACE_MARK),
     ]
-    unescape = [
+    unescape: list[decoders.Decoder] = [
         decoders.Replace(SPACE_MARK, " "),
         decoders.ByteFallback(),
         decoders.Fuse(),

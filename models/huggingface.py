@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from kernels.cross_entropy import IGNORED
+from kernels.torch_cross_entropy import IGNORED
 from models.attention import LRPE, GatedLinearAttention
 from models.config import ModelConfig
-from models.layers import LMHead
+from models.layers import LMHead, RMSNorm
 from models.published import model_config_from_published, published_fields
 from models.transnormer import PREFILL_TOKENS, Backbone, DecodeState
 
@@ -75,13 +75,9 @@ class TransnormerConfig(PretrainedConfig):
         for name, value in architecture.items():
             setattr(self, name, value)
         self.use_cache = use_cache
-        super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **{name: value for name, value in fields.items() if name not in architecture},
-        )
+        others: dict[str, Any] = {name: fields[name] for name in fields if name not in architecture}
+        others |= {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+        super().__init__(**others | {"tie_word_embeddings": tie_word_embeddings})
 
     def architecture(self) -> ModelConfig:
         """The same as the repository's own settings."""
@@ -127,14 +123,14 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
     _is_stateful = True  # a state can't be rolled back: no assisted decoding
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: TransnormerConfig) -> None:
         super().__init__(config)
         architecture = config.architecture()
         self.model = Backbone(architecture)
-        self.lm_head = LMHead(architecture.hidden_size, architecture.vocab_size)
+        self.lm_head = LMHead(architecture.hidden_size, self.model.embed_tokens.num_embeddings)
         has_lrpe = any(isinstance(module, LRPE) for module in self.modules())
         self._keep_in_fp32_modules_strict = ["theta"] if has_lrpe else None
         self.post_init()
@@ -152,7 +148,7 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        elif "weight" in dict(module.named_parameters(recurse=False)):  # RMSNorm
+        elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -168,9 +164,11 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = None, **_: Any
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
     ) -> None:
         """Recompute every block in backward; always without reentrancy, whichever function is given."""
+        if every_n_layers != 1:
+            raise ValueError(f"every_n_layers={every_n_layers}: only every layer can be recomputed, 1.")
         self.gradient_checkpointing = enable
         mode = "full" if enable else "none"
         self.model.config = replace(self.model.config, activation_checkpointing=mode)
@@ -239,7 +237,8 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = _mean_loss(logits, labels, real, arguments.get("num_items_in_batch"))
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache})
+        carried: dict[str, Any] = {CACHE_NAME: cache}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **carried)
         return output if arguments.get("return_dict") is not False else output.to_tuple()
 
     def _real_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
@@ -259,12 +258,12 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         """(B, N) → (B, N or the last `keep`, D); a long prompt is read in chunks, which saves memory."""
         length = input_ids.shape[1]
         chunk = PREFILL_TOKENS if cache is not None and not torch.is_grad_enabled() else length
-        x = None
+        kept: list[Tensor] = []
         for start in range(0, length, chunk):
             columns = slice(start, start + chunk)
             part = self._read(input_ids[:, columns], None if real is None else real[:, columns], cache)
-            x = (part if x is None else torch.cat([x, part], dim=1))[:, -keep:]
-        return x
+            kept = [torch.cat([*kept, part], dim=1)[:, -keep:]]  # all of it where keep is 0
+        return kept[0]
 
     def _read(self, tokens: Tensor, real: Tensor | None, cache: TransnormerCache | None) -> Tensor:
         """Features of one chunk (B, N, D), zero for padding; advances the cache."""
@@ -280,7 +279,7 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
             if bool(real.any()):
                 packed, state = self.model(tokens[real][None], dtype, cu_seqlens, state)
                 x = x.masked_scatter(real[..., None], packed)
-        if cache is not None:
+        if cache is not None and state is not None:
             cache.state = state
             cache.num_seen += tokens.shape[1]
         return x

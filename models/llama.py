@@ -7,6 +7,7 @@ the tokens seen so far: unlike the linear state it grows. Packed sequences have 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +41,9 @@ class SoftmaxAttention(nn.Module):
         x: Tensor,
         positions: Tensor,
         cu_seqlens: Tensor | None,
-        state: tuple | list | None,
+        state: Any,
         keep_state: bool,
-    ) -> tuple[Tensor, tuple | list | None]:
+    ) -> tuple[Tensor, Any]:
         """x (B, N, D) → output (B, N, D) and, if `keep_state`, the keys and values seen so far."""
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in self.qkv_proj(x).chunk(3, dim=-1))
         q, k = apply_rope(q, positions, self.rope_base), apply_rope(k, positions, self.rope_base)
@@ -73,9 +74,10 @@ def packed_causal_attention(
         from torch.nn.attention.varlen import varlen_attn
 
         longest = q.shape[1]  # an upper bound spares a device-to-host copy of the lengths
-        o = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
+        o: Any = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
         return o[None], None
-    outputs, next_state = [], []
+    outputs: list[Tensor] = []
+    next_state: list[tuple[Tensor, Tensor]] = []
     for sequence, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
         keys, values = k[:, start:stop], v[:, start:stop]
         if state is not None:

@@ -1,8 +1,8 @@
-"""The attention operator of an exported model, which must also run where this repository is absent.
+"""The operators of an exported model, which must also run where this repository is absent.
 
-It is that of our `kernels` package where that can be imported, Triton and all. Elsewhere (PyPI has another
-package of that name, which lacks the operator) it is the chunked form in PyTorch, with autograd's gradients.
-Only models/standalone.py uses this file: `models/attention.py` takes the operator straight from `kernels`.
+They are those of our `kernels` package where that can be imported, Triton and all. Elsewhere (PyPI has
+another package of that name, which lacks them) they are PyTorch: attention in its chunked form.
+Only models/standalone.py uses this file: `models/attention.py` takes its operator straight from `kernels`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.reference import chunked, per_sequence, recurrent
+from kernels.torch_cross_entropy import torch_cross_entropy
 
 try:
     from kernels import lightning_attention, lightning_attention_step
+    from kernels.cross_entropy import cross_entropy
 except ImportError:
+    cross_entropy = torch_cross_entropy
 
     def lightning_attention(
         q: Tensor,

@@ -14,7 +14,7 @@ FILE_NAME = "modeling_transnormer.py"
 MODULES = (
     "kernels/reference.py",
     "kernels/quadratic.py",
-    "kernels/cross_entropy.py",
+    "kernels/torch_cross_entropy.py",
     "models/operator.py",
     "models/config.py",
     "models/published.py",
@@ -46,11 +46,15 @@ def standalone_source() -> str:
         code_starts = 0
         for node in ast.parse(source).body:
             if isinstance(node, ast.Expr) and code_starts == 0:
-                code_starts = node.end_lineno  # the docstring
+                code_starts = node.end_lineno or 0  # the docstring
             elif isinstance(node, ast.Import | ast.ImportFrom):
-                code_starts = node.end_lineno
+                code_starts = node.end_lineno or 0
                 if not _is_ours(node):
                     imports[ast.unparse(node)] = None
+            elif not isinstance(node, ast.Try) and any(map(_is_ours, ast.walk(node))):
+                raise ValueError(
+                    f"{module}, line {node.lineno}: imports this repository inside a definition."
+                )
             for name in _names(node):
                 if defined.setdefault(name, module) != module:
                     raise ValueError(f"{name} is defined in both {defined[name]} and {module}: rename one.")
@@ -58,10 +62,10 @@ def standalone_source() -> str:
     return HEADER + "\n".join(imports) + "\n\n\n" + "\n\n".join(bodies)
 
 
-def _is_ours(node: ast.Import | ast.ImportFrom) -> bool:
+def _is_ours(node: ast.AST) -> bool:
     """An import of another of the joined modules, or of the future, which the header has."""
-    package = node.module.split(".")[0] if isinstance(node, ast.ImportFrom) else ""
-    return package in ("kernels", "models", "__future__")
+    module = node.module if isinstance(node, ast.ImportFrom) else None
+    return (module or "").split(".")[0] in ("kernels", "models", "__future__")
 
 
 def _names(node: ast.stmt) -> list[str]:

@@ -78,7 +78,7 @@ def verify(folder: Path, reference: TransNormer) -> dict[str, float]:
     exported = load_modeling_file(folder).TransnormerForCausalLM.from_pretrained(folder, dtype=torch.float32)
     exported.eval()
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(reference.config.vocab_size, (2, PROBE_TOKENS), generator=generator)
+    tokens = torch.randint(reference.lm_head.out_features, (2, PROBE_TOKENS), generator=generator)
     expected = reference(tokens)
     errors = {"prefill": _relative_error(exported(tokens).logits, expected)}
 
@@ -123,6 +123,8 @@ def load_modeling_file(folder: Path):
     """The exported modeling file as a module. We wrote it a moment ago: no other folder's is ever run."""
     name = f"exported_{FILE_NAME.removesuffix('.py')}"
     spec = importlib.util.spec_from_file_location(name, folder / FILE_NAME)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

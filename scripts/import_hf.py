@@ -36,7 +36,7 @@ def check_padding(trained: TrainedModel, source: Path) -> None:
     Raises:
         SettingError: names both sizes.
     """
-    rows, ids = trained.model.config.vocab_size, trained.tokenizer.vocab_size
+    rows, ids = trained.model.lm_head.out_features, trained.tokenizer.vocab_size
     if (
         not (source / INFO_FILE).exists()
         and rows > math.ceil(ids / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -106,7 +106,7 @@ def test_an_export_loads_in_transformers(tmp_path):
         [sys.executable, "-c", LOAD, str(folder), TEXT],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=tmp_path,  # without this repository on the path
         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr

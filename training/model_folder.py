@@ -157,6 +157,7 @@ def _check_fields(fields: dict[str, Any], where: Path) -> None:
 
 def _tensor_files(path: Path) -> dict[str, Path]:
     """Each tensor's name and file, from the index or the only file."""
+    weight_map = None
     if (path / INDEX).exists():
         weight_map = read_json_object(path / INDEX, JSON_LIMIT_BYTES).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -172,7 +173,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     for name in names:
         with _open_tensors(path / name) as tensors:
             files |= dict.fromkeys(tensors.keys(), path / name)
-    if (path / INDEX).exists():
+    if weight_map is not None:
         wrong = sorted(key for key in weight_map if files.get(key) != path / weight_map[key])
         wrong += sorted(set(files) - set(weight_map))
         if wrong:
@@ -201,7 +202,7 @@ def _heads_are_equal(files: dict[str, Path]) -> bool:
 
 
 def _shapes(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in set(files.values()):
         with _open_tensors(file) as tensors:
             names = [name for name, holder in files.items() if holder == file]
@@ -224,7 +225,7 @@ def _gate_of(path: Path, files: dict[str, Path], config: ModelConfig) -> dict[st
 def _name_low_rank_gate(weights: dict[str, Tensor], config: ModelConfig, path: Path) -> dict[str, Tensor]:
     """Give TNL3's projections our names, by their shapes: (3D, D), (gate, D) and (D, gate)."""
     hidden, gate = config.hidden_size, config.gate_size
-    names = {
+    names: dict[tuple[int, ...], str] = {
         (3 * hidden, hidden): "qkv_proj.weight",
         (gate, hidden): "gate_proj.0.weight",
         (hidden, gate): "gate_proj.1.weight",
@@ -308,9 +309,9 @@ def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
     if len(shards) == 1:
         save_file(shards[0], folder / WEIGHTS, metadata={"format": "pt"})
         return
-    weight_map = {}
-    for index, shard in enumerate(shards, start=1):
-        file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in weights.values())

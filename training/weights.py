@@ -109,12 +109,12 @@ def load_model(path: Path, device: torch.device | str = "cpu", precision: str | 
 def _load_model_folder(path: Path, device: torch.device | str, precision: str | None) -> TrainedModel:
     folder = open_model_folder(path)
     tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size > folder.config.vocab_size:
+    model = build_model(folder.config, folder.weights(), path)
+    if tokenizer.vocab_size > model.lm_head.out_features:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, config.json a vocab_size of "
-            f"{folder.config.vocab_size}. They belong to different models."
+            f"{model.lm_head.out_features}. They belong to different models."
         )
-    model = build_model(folder.config, folder.weights(), path)
     stored = "bf16" if folder.dtype == "bfloat16" else "fp32"
     _prepare(model, device, precision or stored)
     return TrainedModel(
