@@ -1,13 +1,14 @@
 # make demo   raw text to perplexity in one command
 # make test   the whole test suite
 # make check  style and types
+# make torture  the full reliability tests (docs/reliability.md); an hour
 # Each sets up .venv first; PYTHON names the interpreter to make it with (3.11 or 3.12).
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/demo
 
-.PHONY: demo test check clean
+.PHONY: demo test torture check clean
 .DEFAULT_GOAL := demo
 
 .venv/installed: requirements.txt
@@ -34,6 +35,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	@$(BIN)/python -m pytest
+
+torture: .venv/installed
+	@$(BIN)/python -m pytest -m torture -s tests/test_reliability_*.py
 
 check: .venv/installed
 	@$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from data.shards import TokenSplit
 
 IGNORED_TARGET = -100
 FEISTEL_ROUNDS = 4
+CLOSE_SECONDS = 2.0
 T = TypeVar("T")
 
 
@@ -179,6 +180,7 @@ class Prefetcher(Generic[T]):
 
     def __init__(self, iterable: Iterable[T], depth: int):
         self._queue: queue.Queue = queue.Queue(depth)
+        self._taken: tuple | None = None  # from the queue, by `ready`, and not yet given out
         self._closed = threading.Event()
         self._finished = False
         self._thread = threading.Thread(target=self._fill, args=(iterable,), name="prefetch", daemon=True)
@@ -205,10 +207,20 @@ class Prefetcher(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return self
 
+    def ready(self, timeout_seconds: float) -> bool:
+        """Wait up to so long for the next item, the end or an error; whether `next` will not wait."""
+        if self._taken is None and not self._finished:
+            try:
+                self._taken = self._queue.get(timeout=max(timeout_seconds, 1e-3))
+            except queue.Empty:
+                return False
+        return True
+
     def __next__(self) -> T:
         if self._finished:
             raise StopIteration
-        item, error = self._queue.get()
+        item, error = self._taken or self._queue.get()
+        self._taken = None
         if item is self._END:
             self.close()
             if error is not None:
@@ -220,7 +232,7 @@ class Prefetcher(Generic[T]):
         """Stop the thread and drop what it has read ahead."""
         self._finished = True
         self._closed.set()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)  # it may hang in a read from a slow disk
 
     def __enter__(self) -> "Prefetcher[T]":
         return self

@@ -5,16 +5,17 @@ checkpoints/step_00001000/
     state.json                      step, tokens, counts: what the loop continues from
     config.yaml                     the run's settings
     tokenizer/                      the tokenizer, so that a checkpoint stands alone
-    manifest.json                   size and SHA-256 of every file, shapes, fragments, versions, hashes
+    manifest.json                   size and SHA-256 of every file, shapes, versions, hashes
     manifest.sha256                 over the manifest, written last
 
 A save writes into a temporary sibling, flushes everything to disk, and renames. A fragment is any run of
 elements of a flattened parameter, so a checkpoint loads at any number of ranks and any ZeRO stage. Nothing
-of it is unpickled or executed.
+of it is unpickled or executed; names, sizes and headers are checked before anything large is read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -31,9 +32,10 @@ from torch import Tensor
 
 from data.errors import DataError
 from data.files import (
-    PLAIN_NAME,
     explain_write_errors,
+    open_regular,
     read_json_object,
+    read_limited,
     sha256_of,
     sync_folder,
     write_atomically,
@@ -45,9 +47,16 @@ from training.errors import SettingError
 
 FORMAT = "transnormer-checkpoint-1"
 MANIFEST, MANIFEST_HASH = "manifest.json", "manifest.sha256"
-STEP_FOLDER = re.compile(r"step_(\d{8,})")
+STEP_FOLDER = re.compile(r"step_\d{8,18}", re.ASCII)
+WEIGHTS_FILE = re.compile(r"rank\d{5}-\d{5}\.safetensors")
+SMALL_FILE = re.compile(r"state\.json|config\.yaml|tokenizer/\w[\w.-]{0,99}", re.ASCII)
+FRAGMENT_KEY = re.compile(r"(\w+)/([\w.]+)@(\d{1,18})", re.ASCII)
+BYTES_PER_PARAMETER = 4 * len(KINDS)
 FILE_BYTES = 2 * 2**30  # a rank starts another file beyond this
-MANIFEST_LIMIT_BYTES = 256 * 2**20
+MANIFEST_LIMIT_BYTES = 4 * 2**20  # 25,000 files; larger ones take long and much memory to parse
+STATE_LIMIT_BYTES = 2**20
+SMALL_FILE_BYTES = 64 * 2**20
+HEADERS_LIMIT_BYTES = 16 * 2**20  # of all files together
 
 
 class CheckpointError(SettingError):
@@ -82,7 +91,7 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """What the loop saved: counts and positions."""
-        return read_json_object(self.folder / "state.json", MANIFEST_LIMIT_BYTES)
+        return read_json_object(self.folder / "state.json", STATE_LIMIT_BYTES)
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened parameter or moment, fp32, on the CPU."""
@@ -90,7 +99,7 @@ class Checkpoint:
         for piece_start, piece_numel, file, key in self.fragments[kind, name]:
             first, last = max(start, piece_start), min(start + numel, piece_start + piece_numel)
             if first < last:
-                pieces.append(self._file(file).get_slice(key)[first - piece_start : last - piece_start])
+                pieces.append(self.open_file(file).get_slice(key)[first - piece_start : last - piece_start])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def weights(self) -> dict[str, Tensor]:
@@ -100,10 +109,15 @@ class Checkpoint:
             for name, shape in self.shapes.items()
         }
 
-    def _file(self, name: str) -> Any:
+    def open_file(self, name: str) -> Any:
+        """A file of weights, mapped."""
         if name not in self._open_files:
             self._open_files[name] = safe_open(self.folder / name, framework="pt")
         return self._open_files[name]
+
+
+class NonFiniteError(RuntimeError):
+    """Weights or moments that are inf or nan: such a state is never saved."""
 
 
 def save_checkpoint(
@@ -127,64 +141,82 @@ def save_checkpoint(
 
     Raises:
         DataError: no space, or the folder can't be written; on every rank, with nothing left behind.
+        NonFiniteError: a weight or moment is inf or nan; likewise.
     """
     final = root / f"step_{step:08d}"
     temporary = root / f".{final.name}.tmp"
-    problem: Exception | None = None
-    written: dict[str, Any] = {}
-    if world.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True, exist_ok=True)
-    world.barrier()
+
+    def begin() -> None:
+        if world.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    def write() -> dict[str, Any]:
+        part = _write_fragments(temporary, fragments, world.rank)
+        if world.is_first:
+            write_files(temporary)
+            write_json(temporary / "state.json", state)
+            small = [path for path in temporary.rglob("*") if path.is_file() and not _is_weights(path.name)]
+            part["files"] |= {path.relative_to(temporary).as_posix(): _entry(path) for path in small}
+        return part
+
+    def finish() -> None:
+        if world.is_first:
+            _finish(temporary, final, parts, {"step": step, **facts})
+
+    _on_all(world, temporary, begin)
+    parts = _on_all(world, temporary, write)
+    _on_all(world, temporary, finish)
+    return final
+
+
+def _on_all(world: World, temporary: Path, work: Callable[[], Any]) -> list[Any]:
+    """Every rank's result of `work`; if it fails on any, all raise and the temporary folder is removed."""
+    result, problem = None, None
     try:
-        with explain_write_errors(temporary):
-            written = _write_fragments(temporary, fragments, world.rank)
-            if world.is_first:
-                write_files(temporary)
-                write_json(temporary / "state.json", state)
+        with explain_write_errors(temporary.parent):
+            result = work()
     except Exception as error:  # every rank must hear of it, or the others wait for ever
         problem = error
-    problems = [text for text in world.gather(None if problem is None else str(problem)) if text]
-    parts = world.gather(written)
-    if not problems and world.is_first:
-        try:
-            with explain_write_errors(temporary):
-                _finish(temporary, final, parts, {"step": step, **facts})
-        except Exception as error:
-            problem, problems = error, [str(error)]
-    problems = world.from_first(problems)
+    known = problem if isinstance(problem, (DataError, SettingError, NonFiniteError)) else None
+    shared = known or (problem and RuntimeError(f"{type(problem).__name__}: {problem}"))
+    outcomes = world.gather((result, shared))
+    problems = [shared for _, shared in outcomes if shared is not None]
     if problems:
         if world.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise problem or DataError(problems[0])
-    return final
+        raise problem or problems[0]
+    return [result for result, _ in outcomes]
 
 
 def _write_fragments(folder: Path, fragments: Iterable[Fragment], rank: int) -> dict[str, Any]:
     """Write this rank's fragments in files of a bounded size; returns the part of the manifest about them."""
-    entries: list[list[Any]] = []  # kind, name, start, numel, file, key
+    files: dict[str, dict[str, Any]] = {}
     shapes: dict[str, list[int]] = {}
     tensors: dict[str, Tensor] = {}
-    num_files = size = 0
+    size = 0
 
     def flush() -> None:
-        nonlocal num_files, size, tensors
+        nonlocal size
         if tensors:
-            _write_safetensors(folder / f"rank{rank:05d}-{num_files:05d}.safetensors", tensors)
-            num_files, size, tensors = num_files + 1, 0, {}
+            path = folder / f"rank{rank:05d}-{len(files):05d}.safetensors"
+            _write_safetensors(path, tensors)
+            files[path.name] = _entry(path)
+            tensors.clear()
+            size = 0
 
     for fragment in fragments:
         shapes[fragment.name] = list(fragment.shape)
         for kind, tensor in fragment.tensors.items():
             if size + tensor.nbytes > FILE_BYTES:
                 flush()
-            key = f"{kind}/{fragment.name}@{fragment.start}"
-            tensors[key] = tensor.to("cpu", copy=True)
-            size += tensor.nbytes
-            file = f"rank{rank:05d}-{num_files:05d}.safetensors"
-            entries.append([kind, fragment.name, fragment.start, tensor.numel(), file, key])
+            copy = tensor.to("cpu", copy=True)
+            if not torch.isfinite(copy).all():
+                raise NonFiniteError(f"{kind} of {fragment.name} is not finite")
+            tensors[f"{kind}/{fragment.name}@{fragment.start}"] = copy
+            size += copy.nbytes
     flush()
-    return {"fragments": entries, "shapes": shapes}
+    return {"files": files, "shapes": shapes}
 
 
 def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -198,25 +230,24 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
         os.fsync(file.fileno())
 
 
+def _is_weights(name: str) -> bool:
+    return WEIGHTS_FILE.fullmatch(name) is not None
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
 def _finish(temporary: Path, final: Path, parts: list[dict], facts: dict[str, Any]) -> None:
     """Write the manifest over everything in the folder, then its hash, then give it its name."""
-    shapes: dict[str, list[int]] = {}
+    manifest: dict[str, Any] = {"format": FORMAT, **facts, "files": {}, "shapes": {}}
     for part in parts:
-        shapes |= part["shapes"]
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {
-        "format": FORMAT,
-        **facts,
-        "files": {
-            path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            for path in files
-        },
-        "shapes": shapes,
-        "fragments": [entry for part in parts for entry in part["fragments"]],
-    }
+        manifest["files"] |= part["files"]
+        manifest["shapes"] |= part["shapes"]
     write_json(temporary / MANIFEST, manifest)
     write_atomically(temporary / MANIFEST_HASH, (sha256_of(temporary / MANIFEST) + "\n").encode())
-    shutil.rmtree(final, ignore_errors=True)
+    shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one that was passed over
     os.replace(temporary, final)
     sync_folder(final.parent)
 
@@ -233,76 +264,100 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     try:
         manifest = _read_manifest(folder)
         for name, entry in manifest["files"].items():
-            _check_file(folder, name, entry, verify)
-        return _index(folder, manifest)
+            _check_file(folder, name, entry["bytes"])
+        checkpoint = _index(folder, manifest)
+        for name, entry in manifest["files"].items():
+            if verify and sha256_of(folder / name) != entry["sha256"]:
+                raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not that of {MANIFEST}.")
+        return checkpoint
     except CheckpointError:
         raise
     except (DataError, OSError) as error:
         raise CheckpointError(str(error)) from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(
-            f"{folder / MANIFEST} is malformed ({type(error).__name__}: {error})."
+            f"{folder / MANIFEST} is malformed ({type(error).__name__}: {str(error)[:80]})."
         ) from None
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST_HASH).exists():
         raise CheckpointError(f"{folder} is no complete checkpoint: {MANIFEST_HASH} is missing.")
-    expected = (folder / MANIFEST_HASH).read_text()[:100].strip()
-    if sha256_of(folder / MANIFEST) != expected:
+    expected = read_limited(folder / MANIFEST_HASH, SMALL_FILE_BYTES)
+    content = read_limited(folder / MANIFEST, MANIFEST_LIMIT_BYTES)
+    if hashlib.sha256(content).hexdigest().encode() != expected.strip():
         raise CheckpointError(f"{folder / MANIFEST} is damaged: its SHA-256 is not that of {MANIFEST_HASH}.")
     manifest = read_json_object(folder / MANIFEST, MANIFEST_LIMIT_BYTES)
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / MANIFEST}: format {manifest.get('format')!r}, expected {FORMAT!r}.")
+        raise CheckpointError(
+            f"{folder / MANIFEST}: format {str(manifest.get('format'))[:40]!r}, expected {FORMAT!r}."
+        )
+    step = manifest["step"]
+    if type(step) is not int or (STEP_FOLDER.fullmatch(folder.name) and step_of(folder) != step):
+        raise CheckpointError(f"{folder / MANIFEST} is that of step {str(step)[:20]}.")
     return manifest
 
 
-def _check_file(folder: Path, name: str, entry: dict[str, Any], verify: bool) -> None:
-    """A regular file inside the checkpoint, reached through no link, with the stated size and hash."""
-    parts = name.split("/")
-    if len(parts) > 2 or not all(PLAIN_NAME.fullmatch(part) and ".." not in part for part in parts):
-        raise CheckpointError(
-            f"{folder / MANIFEST} names the file {name[:80]!r}: only plain names are allowed."
-        )
+def _check_file(folder: Path, name: str, expected_bytes: int) -> None:
+    """A regular file inside the checkpoint, of a kind that belongs there, through no link, of that size."""
+    if not _is_weights(name) and not SMALL_FILE.fullmatch(name):
+        raise CheckpointError(f"{folder / MANIFEST} names the file {name[:80]!r}, which is none of ours.")
     path = folder / name
-    if len(parts) == 2 and (folder / parts[0]).is_symlink():
-        raise CheckpointError(f"{folder / parts[0]} is a link: links are not followed.")
-    if not path.exists() and not path.is_symlink():
-        raise CheckpointError(f"{path} is missing.")
-    if path.lstat().st_size != entry["bytes"]:
-        raise CheckpointError(f"{path} is damaged: {path.lstat().st_size} bytes instead of {entry['bytes']}.")
-    if verify and sha256_of(path) != entry["sha256"]:
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not that of {MANIFEST}.")
+    if path.parent.is_symlink():
+        raise CheckpointError(f"{path.parent} is a link: links are not followed.")
+    descriptor = open_regular(path)
+    size = os.fstat(descriptor).st_size
+    os.close(descriptor)
+    if size != expected_bytes:
+        raise CheckpointError(f"{path} is damaged: {size} bytes instead of {str(expected_bytes)[:20]}.")
+    if not _is_weights(name) and size > SMALL_FILE_BYTES:
+        raise CheckpointError(
+            f"{path} is larger than {SMALL_FILE_BYTES} bytes: it can't be a file of this kind."
+        )
 
 
 def _index(folder: Path, manifest: dict[str, Any]) -> Checkpoint:
-    """Check that the fragments of each tensor cover it exactly and lie in the files as stated."""
-    shapes = {name: tuple(int(size) for size in shape) for name, shape in manifest["shapes"].items()}
+    """Find the fragments in the files' headers, and check that those of each tensor cover it exactly."""
+    shapes = {name: _shape(shape) for name, shape in manifest["shapes"].items()}
     checkpoint = Checkpoint(folder, manifest, {}, shapes)
-    for kind, name, start, numel, file, key in manifest["fragments"]:
-        if file not in manifest["files"]:
-            raise CheckpointError(
-                f"{folder / MANIFEST}: fragment {key[:80]!r} lies in unlisted file {file[:80]!r}."
-            )
-        checkpoint.fragments.setdefault((kind, name), []).append((int(start), int(numel), file, key))
-    for name, shape in shapes.items():
-        for kind in KINDS:
-            pieces = checkpoint.fragments.setdefault((kind, name), [])
-            pieces.sort()
-            position = 0
-            for start, numel, file, key in pieces:
-                if start != position:
-                    break
-                try:
-                    stored = checkpoint._file(file).get_slice(key)
-                except SafetensorError as error:
-                    raise CheckpointError(f"{folder / file} can't be read: {error}.") from None
-                if stored.get_dtype() != "F32" or stored.get_shape() != [numel]:
-                    raise CheckpointError(f"{folder / file}: {key} is not {numel} fp32 numbers.")
-                position += numel
-            if position != math.prod(shape):
-                raise CheckpointError(f"{folder}: {kind} of {name} is incomplete.")
+    header_bytes = 0
+    for file in filter(_is_weights, manifest["files"]):
+        with open(folder / file, "rb") as content:
+            header_bytes += int.from_bytes(content.read(8), "little")
+        if header_bytes > HEADERS_LIMIT_BYTES:
+            raise CheckpointError(f"{folder / file}: its header is too large.")
+        try:
+            stored = checkpoint.open_file(file)
+            for key in stored.keys():  # noqa: SIM118 (no dictionary)
+                piece = stored.get_slice(key)
+                match = FRAGMENT_KEY.fullmatch(key)
+                if match is None or piece.get_dtype() != "F32" or len(piece.get_shape()) != 1:
+                    raise CheckpointError(f"{folder / file}: {key[:80]} is no row of fp32 numbers.")
+                kind, name, start = match.groups()
+                fragment = (int(start), piece.get_shape()[0], file, key)
+                checkpoint.fragments.setdefault((kind, name), []).append(fragment)
+        except SafetensorError as error:
+            raise CheckpointError(f"{folder / file} can't be read: {str(error)[:80]}.") from None
+    if checkpoint.fragments.keys() != {(kind, name) for kind in KINDS for name in shapes}:
+        raise CheckpointError(f"{folder}: its files hold other tensors than {MANIFEST} says.")
+    for (kind, name), pieces in checkpoint.fragments.items():
+        pieces.sort()
+        position = 0
+        for start, numel, file, _ in pieces:
+            if start != position:
+                raise CheckpointError(
+                    f"{folder / file}: {kind} of {name} has a gap or an overlap at {position}."
+                )
+            position += numel
+        if position != math.prod(shapes[name]):
+            raise CheckpointError(f"{folder}: {kind} of {name} is incomplete.")
     return checkpoint
+
+
+def _shape(sizes: list[int]) -> tuple[int, ...]:
+    if len(sizes) > 4 or not all(type(size) is int and 0 <= size < 2**48 for size in sizes):
+        raise ValueError(f"shape {str(sizes)[:40]}")
+    return tuple(sizes)
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -310,7 +365,12 @@ def list_checkpoints(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [path for path in root.iterdir() if STEP_FOLDER.fullmatch(path.name) and not path.is_symlink()]
-    return sorted(found, key=lambda path: int(STEP_FOLDER.fullmatch(path.name)[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def newest_checkpoint(root: Path, log: Callable[[str], None] = print) -> Checkpoint | None:
@@ -323,10 +383,19 @@ def newest_checkpoint(root: Path, log: Callable[[str], None] = print) -> Checkpo
     return None
 
 
-def remove_old(root: Path, keep: int) -> None:
-    """Keep the newest `keep` checkpoints and remove the others, and temporaries of killed saves."""
+def remove_old(root: Path, keep: int, saved_step: int) -> None:
+    """Keep the newest `keep` checkpoints and remove the others, and temporaries of killed saves.
+
+    A folder of a later step than the one just saved was passed over as damaged when the run was resumed:
+    it doesn't count, and stays until its step is reached again.
+    """
     for path in root.glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
-    for folder in list_checkpoints(root)[keep:]:
+    complete = [
+        folder
+        for folder in list_checkpoints(root)
+        if step_of(folder) <= saved_step and (folder / MANIFEST_HASH).exists()
+    ]
+    for folder in complete[keep:]:
         (folder / MANIFEST_HASH).unlink(missing_ok=True)  # invalid from here on, however far removal gets
         shutil.rmtree(folder, ignore_errors=True)

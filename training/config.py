@@ -26,10 +26,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import DataConfig, TokenizerConfig
+from data.files import read_limited, write_atomically
 from models.config import ModelConfig
 from training.errors import EXIT_USER_ERROR, USER_ERRORS, SettingError
 from training.optimizer import OptimConfig, ScheduleConfig
 
+CONFIG_LIMIT_BYTES = 32 * 2**10
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 # What may change when a run is resumed; everything else is refused by name.
@@ -43,6 +45,9 @@ CHANGEABLE_ON_RESUME = (
     "save_every",
     "sample_every",
     "keep_checkpoints",
+    "max_skipped_steps",
+    "spike_action",
+    "allow_changed_data",
     "eval_tokens",
     "sample_prompt",
     "sample_tokens",
@@ -64,6 +69,7 @@ class EngineConfig:
     offload_parameters: bool = False  # keep weights in CPU memory (stage 3)
     compile: str = "auto"  # torch.compile of the blocks: auto (on a GPU), true, false
     timeout_minutes: float = 30.0  # a collective that takes longer ends the run
+    watchdog_seconds: float = 300.0  # training in which no rank gets on for so long ends the run
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
@@ -79,6 +85,8 @@ class EngineConfig:
             raise SettingError("engine.offload_parameters=true needs engine.zero_stage=3.")
         if not self.timeout_minutes > 0:
             raise SettingError(f"engine.timeout_minutes={self.timeout_minutes} must be above 0.")
+        if not self.watchdog_seconds > 0:
+            raise SettingError(f"engine.watchdog_seconds={self.watchdog_seconds} must be above 0.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -112,6 +120,8 @@ class TrainConfig:
     sample_prompt: str = "def "
     sample_tokens: int = 128
     max_skipped_steps: int = 10  # stop after this many steps in a row with a non-finite gradient
+    spike_action: str = "report"  # of a loss spike: report, rollback (go back and leave its batch out), none
+    allow_changed_data: bool = False  # resume although data or tokenizer are not the run's
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -130,6 +140,10 @@ class TrainConfig:
                 raise SettingError(f"{key}={getattr(self, key)} must be 0 (off) or more.")
         if self.resume not in ("auto", "never", "must"):
             raise SettingError(f"resume={self.resume!r} is unknown. Allowed: auto, never, must.")
+        if self.spike_action not in ("report", "rollback", "none"):
+            raise SettingError(
+                f"spike_action={self.spike_action!r} is unknown. Allowed: report, rollback, none."
+            )
         if self.batch_tokens % self.seq_len:
             lower = self.batch_tokens // self.seq_len * self.seq_len
             raise SettingError(
@@ -236,7 +250,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         if is_dataclass(value) or isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat
 
 
@@ -249,16 +263,26 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Write the settings as YAML of plain values."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    """Write the settings as YAML of plain values, atomically."""
+    write_atomically(path, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, which can make a small file a huge value."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed")
+        return super().compose_node(parent, index)
 
 
 def load_saved_config(path: Path) -> dict[str, Any]:
-    """Read a saved config.yaml as plain values: no YAML tags, no interpolation, nothing executed."""
+    """Read a saved config.yaml as plain values: no tags, aliases or interpolation, nothing executed."""
+    content = read_limited(path, CONFIG_LIMIT_BYTES)
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
+        content = yaml.load(content.decode(), _PlainLoader)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0][:120]
         raise SettingError(f"{path}: not a readable config ({reason}).") from None
     if not isinstance(content, dict):
         raise SettingError(f"{path}: not a config, expected a mapping of settings.")
@@ -288,16 +312,17 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], where: Path) -> 
     """
     new, old = flatten(config), flatten(saved)
     adopted = {"schedule.total_steps": None, "micro_batch_size": "auto", "model.vocab_size": None}
+    changeable = CHANGEABLE_ON_RESUME + (("data.", "tokenizer.") if config.allow_changed_data else ())
     differing = [
-        f"{key}={new.get(key)!r} (run: {old.get(key)!r})"
+        f"{key[:80]}={new.get(key)!r} (run: {repr(old.get(key))[:80]})"
         for key in sorted(new.keys() | old.keys())
         if new.get(key) != old.get(key)
-        and not key.startswith(CHANGEABLE_ON_RESUME)
+        and not key.startswith(changeable)
         and not (key in adopted and new.get(key) == adopted[key])
     ]
     if differing:
         raise SettingError(
-            f"{where} was started with other settings: {'; '.join(differing)}. "
+            f"{where} was started with other settings: {'; '.join(differing)[:2000]}. "
             "Use the run's values, or another run_dir."
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from training.errors import SettingError
+from training.errors import USER_ERRORS, SettingError
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -32,6 +33,11 @@ def check_launcher() -> None:
             f"RANK is set but {', '.join(missing)} not. "
             "Start with deepspeed or torchrun, which set all of them, or unset RANK for one process."
         )
+
+
+def is_first() -> bool:
+    """Whether the launcher made this the first rank; for words before there is a World."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(slots=True)
@@ -53,13 +59,17 @@ class World:
         """Whether this rank prints and writes."""
         return self.rank == 0
 
+    def max(self, value: int) -> int:
+        """The largest value of any rank, on every rank."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return int(largest.item())
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank; every rank gets the same answer."""
-        if self.size == 1:
-            return flag
-        value = torch.tensor(int(flag))
-        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.control)
-        return bool(value.item())
+        return bool(self.max(int(flag)))
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise fp64 sums over ranks."""
@@ -85,10 +95,18 @@ class World:
         dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.size > 1:
-            dist.barrier(group=self.control)
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on the first rank, on every rank; an error of a user's is raised on all."""
+        problem, value = None, None
+        if self.is_first:
+            try:
+                value = work()
+            except USER_ERRORS as error:
+                problem = str(error)
+        problem, value = self.from_first((problem, value))
+        if problem is not None:
+            raise SettingError(problem)
+        return value
 
 
 def start(timeout_minutes: float) -> World:

@@ -1,55 +1,55 @@
 """The training loop: settings in, a run folder out.
 
-`train` prepares (folder, data, engine, checkpoint), hands over to `Trainer`, and always cleans up. Each
+`train` sets up (folder, data, engine, checkpoint), hands over to `Trainer`, and always cleans up. Each
 optimizer step is a pure function of its number: data order, learning rate and dropout seeds come from it,
 so a run that stops and resumes is the run that never stopped.
+
+Ranks act together: a request to stop, and an error of one rank, take effect where all of them ask for it
+(`_agree`), so that no rank waits in a collective for another that has left.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import platform
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.files import explain_write_errors
-from data.loader import TrainLoader, prefetch
-from data.prepare import PreparedData, prepare
+from data.errors import DataError
+from data.loader import Prefetcher, TrainLoader, prefetch
 from kernels.lightning_attention import default_backend
 from models.generation import SamplingConfig, generate
-from models.transnormer import TransNormer
 from training import distributed
-from training.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    list_checkpoints,
-    newest_checkpoint,
-    open_checkpoint,
-    remove_old,
-    save_checkpoint,
-)
-from training.config import TrainConfig, check_resumable, load_saved_config, save_config
+from training.checkpoint import NonFiniteError, remove_old, save_checkpoint
+from training.config import TrainConfig, save_config
 from training.distributed import World
-from training.engine import Engine, StepResult
-from training.errors import EXIT_PREEMPTED, SettingError
+from training.engine import StepResult
+from training.errors import EXIT_PREEMPTED
 from training.evaluation import documents_of, evaluate
-from training.interrupt import Interrupt
-from training.memory import resolve_micro_batch
-from training.metrics import Console, MetricsFile, WandbRun, peak_flops, peak_memory_gib
+from training.interrupt import Interrupt, StopRequested
+from training.metrics import Console, MetricsFile, WandbRun, last_step, peak_flops, peak_memory_gib
 from training.optimizer import lr_factor
 from training.report import write_report
 from training.run_folder import RunFolder
-from training.weights import check_weights, load_initial_weights
+from training.setup import Run, find_checkpoint, set_up
+from training.spikes import remember, spike_limit
+from training.state import saved_state
+from training.watchdog import Watchdog
 
-NON_FINITE_EXIT = 1
+EXIT_FAILED = 1
+DATA_POLL_SECONDS = 0.5
+MAX_ROLLBACKS = 3  # from one checkpoint: a spike that comes back with other batches is no bad batch
+
+
+class Stopped(Exception):
+    """All ranks have agreed to stop here."""
 
 
 def train(config: TrainConfig) -> int:
@@ -61,235 +61,194 @@ def train(config: TrainConfig) -> int:
     distributed.check_launcher()
     folder = RunFolder(config.run_dir)
     interrupt = Interrupt()
-    world = distributed.start(config.engine.timeout_minutes)
     try:
-        _enter_folder(folder, config, world)
-        return _train(config, folder, world, interrupt)
+        with interrupt.at_once():
+            world = distributed.start(config.engine.timeout_minutes)
+            world.on_first(lambda: folder.enter(config.resume, config.overwrite))
+            start_id = world.from_first(uuid.uuid4().hex)
+        with Watchdog(folder, world, interrupt, start_id, config.engine.watchdog_seconds) as watchdog:
+            return _train(config, folder, world, interrupt, watchdog)
+    except StopRequested:
+        if distributed.is_first():
+            print(f"stopped ({interrupt.reason}); run the same command to go on.", file=sys.stderr)
+        return EXIT_PREEMPTED
     finally:
         folder.unlock()
         interrupt.close()
         distributed.stop()
 
 
-def _enter_folder(folder: RunFolder, config: TrainConfig, world: World) -> None:
-    """Lock and prepare the run folder on the first rank; a refusal reaches every rank."""
-    problem = None
-    if world.is_first:
-        try:
-            folder.lock()
-            folder.prepare(config.resume, config.overwrite)
-        except ValueError as error:
-            problem = str(error)
-    problem = world.from_first(problem)
-    if problem:
-        raise SettingError(problem)
-
-
-def _train(config: TrainConfig, folder: RunFolder, world: World, interrupt: Interrupt) -> int:
-    log = _printer(world)
-    _check_backend(config, world)
-    data = prepare(config.data, config.tokenizer, log=log)
-    checkpoint = _find_checkpoint(config, folder, world, log)
-    config = _settle(config, data, checkpoint)
-    state = _initial_state(config, data, checkpoint, world)
-    if state.step >= config.max_steps:
-        log(f"{folder.path}: finished at step {state.step}; raise max_steps to train on.")
-        return 0
-    sequences = config.sequences_per_step // world.size
-    accumulation_steps = sequences // state.micro_batch_size
-    model = TransNormer(config.model, config.seed)
-    if checkpoint is not None:
-        check_weights(model, checkpoint.shapes, checkpoint.folder)
-    elif config.init_from:
-        load_initial_weights(model, config.init_from, data.tokenizer)
-    engine = Engine(
-        model,
-        config,
-        world,
-        accumulation_steps=accumulation_steps,
-        micro_batch_size=state.micro_batch_size,
-    )
-    if checkpoint is not None:
-        engine.load(checkpoint.read, state.num_updates)
-    if world.is_first:
-        with explain_write_errors(folder.path):
-            save_config(config, folder.config)
-    trainer = Trainer(config, folder, world, interrupt, data, engine, state)
-    try:
-        return trainer.run()
-    finally:
-        trainer.close()
-        engine.close()
-
-
-def _printer(world: World):
+def _train(
+    config: TrainConfig, folder: RunFolder, world: World, interrupt: Interrupt, watchdog: Watchdog
+) -> int:
     def log(text: str) -> None:
         if world.is_first:
             print(text, file=sys.stderr, flush=True)
 
-    return log
-
-
-def _find_checkpoint(config: TrainConfig, folder: RunFolder, world: World, log) -> Checkpoint | None:
-    """The newest valid checkpoint, verified once on the first rank and opened by the others."""
-    chosen = None
-    if world.is_first and config.resume != "never":
-        found = newest_checkpoint(folder.checkpoints, log)
-        chosen = found.folder if found else None
-    chosen = world.from_first(chosen)
-    if chosen is None:
-        if config.resume == "must" or (config.resume == "auto" and list_checkpoints(folder.checkpoints)):
-            raise CheckpointError(f"{folder.checkpoints} holds no valid checkpoint to resume from.")
-        return None
-    return open_checkpoint(chosen, verify=False)
-
-
-def _check_backend(config: TrainConfig, world: World) -> None:
-    """Refuse a kernel that this rank's device can't run, before data and model are made."""
-    if config.model.backend == "triton" and world.device.type != "cuda":
-        raise SettingError(
-            "model.backend=triton needs a CUDA device and there is none: use model.backend=auto."
-        )
-
-
-def _settle(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | None) -> TrainConfig:
-    """Fill in what the settings leave open, from the run that is resumed or from the data.
-
-    Raises:
-        SettingError: a setting, the data or the tokenizer differs from the resumed run's.
-    """
-    total_steps = config.schedule.total_steps
-    vocab_size = config.model.vocab_size
-    if checkpoint is not None:
-        saved = load_saved_config(checkpoint.folder / "config.yaml")
-        check_resumable(config, saved, checkpoint.folder)
-        total_steps = total_steps or saved["schedule"]["total_steps"]
-        vocab_size = vocab_size or saved["model"]["vocab_size"]
-        for key, value in (("tokenizer", data.tokenizer.fingerprint), ("data", data.fingerprint)):
-            if checkpoint.manifest[f"{key}_fingerprint"] != value:
-                raise SettingError(
-                    f"{checkpoint.folder}: the {key} has changed since this run was started. "
-                    "Restore it, or start another run_dir (init_from= takes this run's weights)."
-                )
-    vocab_size = vocab_size or data.tokenizer.vocab_size
-    if vocab_size < data.tokenizer.vocab_size:
-        raise SettingError(
-            f"model.vocab_size={vocab_size} is smaller than the tokenizer's {data.tokenizer.vocab_size}."
-        )
-    return replace(
-        config,
-        schedule=replace(config.schedule, total_steps=total_steps or config.max_steps),
-        model=replace(config.model, vocab_size=vocab_size),
-    )
-
-
-@dataclass(slots=True)
-class RunState:
-    """Where a run stands: everything a resume needs beside weights and moments (state.json).
-
-    Attributes:
-        step: optimizer steps tried; the next step's number.
-        num_updates: those that were not skipped.
-        skipped_in_row: skipped steps since the last update.
-    """
-
-    step: int
-    tokens: int
-    num_updates: int
-    skipped_in_row: int
-    micro_batch_size: int
-    run_id: str
-
-
-def _initial_state(
-    config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | None, world: World
-) -> RunState:
-    saved = checkpoint.state() if checkpoint is not None else None
-    wish = saved["micro_batch_size"] if saved else None
-    micro_batch_size = resolve_micro_batch(config, world.size, world.device, wish)
-    if saved is None:
-        return RunState(0, 0, 0, 0, micro_batch_size, world.from_first(uuid.uuid4().hex[:12]))
+    with interrupt.at_once():
+        run = set_up(config, folder, world, log)
+    if run is None:
+        return 0
+    trainer = None
     try:
-        return RunState(**saved | {"micro_batch_size": micro_batch_size})
-    except TypeError as error:
-        raise CheckpointError(f"{checkpoint.folder / 'state.json'}: {error}") from None
+        trainer = Trainer(run, interrupt, watchdog)
+        return trainer.run()
+    finally:
+        if trainer is not None:
+            trainer.close()
+        run.engine.close()
 
 
 class Trainer:
     """One run from its current step to `max_steps`."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        folder: RunFolder,
-        world: World,
-        interrupt: Interrupt,
-        data: PreparedData,
-        engine: Engine,
-        state: RunState,
-    ) -> None:
-        self.config, self.folder, self.world, self.interrupt = config, folder, world, interrupt
-        self.data, self.engine, self.state = data, engine, state
+    def __init__(self, run: Run, interrupt: Interrupt, watchdog: Watchdog) -> None:
+        self.config, self.folder, self.world, self.data = run.config, run.folder, run.world, run.data
+        self.engine, self.state = run.engine, run.state
+        self.interrupt, self.watchdog = interrupt, watchdog
+        config, data = run.config, run.data
         self.loader = TrainLoader(
             data.train, config.seq_len, config.sequences_per_step, config.seed, config.data.isolate_documents
         )
         self.valid_documents = documents_of(data.valid, data.tokenizer, config.eval_tokens)
         self.flops_per_token = config.model.flops_per_token(config.seq_len)
-        peak = peak_flops(world.device)
-        self.peak_flops = peak * world.size if peak else None
-        self.saved_step = state.step
+        peak = peak_flops(self.world.device)
+        self.peak_flops = peak * self.world.size if peak else None
+        self.first_step = run.state.step
+        self.saved_step = run.state.step if run.resumed else None
         self.timed_steps, self.timed_seconds = 0, 0.0
-        first = world.is_first
-        self.metrics = MetricsFile(folder.metrics, state.step) if first else None
-        self.console = Console(folder.log if first else None, config.max_steps, state.step)
-        self.wandb = WandbRun(config, state.run_id) if first and config.wandb.enabled else None
-        self._drop_later_samples()
+        self.num_rollbacks = 0  # since the last save
+        self.problem: str | None = None  # what keeps this rank from going on, until all hear of it
+        self.metrics: MetricsFile | None = None
+        self.samples: MetricsFile | None = None
+        self.wandb: WandbRun | None = None
+        self.console = Console(None, config.max_steps, self.first_step)
+        self.evaluated_step, self.sampled_step = self.world.on_first(self._open_files)
         self._introduce()
+
+    def _open_files(self) -> tuple[int, int]:
+        """Open the first rank's files without what a lost part of the run wrote; the steps they end at."""
+        step, folder = self.state.step, self.folder
+        self.console = Console(folder.log, self.config.max_steps, step)
+        self.metrics = MetricsFile(folder.metrics, step)
+        if self.config.sample_every or folder.samples.exists():
+            self.samples = MetricsFile(folder.samples, step)
+        if self.config.wandb.enabled:
+            self.wandb = WandbRun(self.config, self.state.run_id)
+        return last_step(folder.metrics, "valid_loss"), last_step(folder.samples, "text")
 
     def run(self) -> int:
         """Train; returns the exit code."""
-        config, state = self.config, self.state
-        with prefetch(self._steps(), depth=2) as steps:
-            for batches, num_targets in steps:
-                if self.world.any(self.interrupt.requested):
-                    return self._preempt()
-                result = self._step(batches, num_targets)
-                if state.skipped_in_row >= config.max_skipped_steps:
-                    self.console.say(
-                        f"stopping: {state.skipped_in_row} steps in a row had a gradient that is not finite. "
-                        f"The last checkpoint is that of step {self.saved_step}."
-                    )
-                    return NON_FINITE_EXIT
-                last = state.step == config.max_steps
-                if last or state.step == 1 or _due(state.step, config.log_every):
-                    self._log(result)
-                if last or _due(state.step, config.eval_every):
-                    self._evaluate()
-                if _due(state.step, config.sample_every) or (last and config.sample_every):
-                    self._sample()
-                if last or _due(state.step, config.save_every):
-                    self._save()
+        try:
+            return self._run()
+        except Stopped:
+            return self._preempt()
+        except NonFiniteError as error:
+            return self._give_up(str(error))
+
+    def _run(self) -> int:
+        if self.engine.compiles():  # the first step may take minutes, in which a stop saves nothing
+            self._save()
+        if self.state.step:
+            self._after_step()  # what a stop has left undone
+        while self.state.step < self.config.max_steps:
+            self._run_steps()
+            if self.state.skipped_in_row >= self.config.max_skipped_steps:
+                return self._give_up(
+                    f"{self.state.skipped_in_row} steps in a row had a gradient that is not finite"
+                )
         if self.world.is_first:
             write_report(self.folder)
-            self.console.say(f"done: {self.folder.report}")
+            self._say(f"done: {self.folder.report}")
+        self._check_problems()
         return 0
 
-    def _steps(self) -> Iterator[tuple[list, int]]:
+    def _run_steps(self) -> None:
+        """Train to the last step, a roll-back, or too many skipped steps."""
+        config = self.config
+        with prefetch(self._batches(), depth=2) as steps:
+            while self.state.step < config.max_steps and self.state.skipped_in_row < config.max_skipped_steps:
+                batches, num_targets = self._next(steps)
+                result = self._step(batches, num_targets)
+                if self._is_spike(result) and self._roll_back(result.loss):
+                    return
+                remember(self.state.recent_losses, result.loss)
+                if self._due(config.log_every) or self.state.step == 1:
+                    self._log(result)
+                self._after_step()
+
+    def _after_step(self) -> None:
+        """Evaluate, sample and save where it is due and not done."""
+        config, step = self.config, self.state.step
+        if self._due(config.eval_every) and self.evaluated_step < step:
+            self._evaluate()
+        if config.sample_every and self._due(config.sample_every) and self.sampled_step < step:
+            self._sample()
+        if self._due(config.save_every):
+            self._save()
+
+    def _due(self, every: int) -> bool:
+        """At every so many steps (0: never) and at the last step."""
+        step = self.state.step
+        return step >= self.config.max_steps or (every > 0 and step % every == 0)
+
+    def _agree(self) -> None:
+        """Stop on every rank if any was asked to, or fail on every rank if any can't go on.
+
+        Raises:
+            Stopped, DataError: the same on all ranks.
+        """
+        urgency = self.world.max(2 if self.problem else int(self.interrupt.requested))
+        if urgency == 2:
+            self._check_problems()
+        if urgency == 1:
+            raise Stopped
+
+    def _check_problems(self) -> None:
+        """Fail on every rank if any can't go on."""
+        problems = [problem for problem in self.world.gather(self.problem) if problem is not None]
+        if problems:
+            raise DataError(problems[0])
+
+    @contextlib.contextmanager
+    def _told_later(self) -> Iterator[None]:
+        """Keep an error of this rank alone until all ranks agree on it."""
+        try:
+            yield
+        except DataError as error:
+            self.problem = self.problem or str(error)
+
+    def _batches(self) -> Iterator[tuple[list, int]]:
         """For each step to come, this rank's micro-batches and the scored tokens over all ranks."""
         micro_batch_size, world = self.state.micro_batch_size, self.world
-        for step in range(self.state.step, self.config.max_steps):
+        first, last = self.state.batch, self.config.max_steps + self.state.passed_over_batches
+        for batch in range(first, last):
             batches = [
-                self.loader.batch(step, world.rank, world.size, micro_step, micro_batch_size)
+                self.loader.batch(batch, world.rank, world.size, micro_step, micro_batch_size)
                 for micro_step in range(self.engine.accumulation_steps)
             ]
-            yield batches, self.loader.num_targets(step)
+            yield batches, self.loader.num_targets(batch)
+
+    def _next(self, steps: Prefetcher) -> tuple[list, int]:
+        """The next step's batches; a request to stop cuts the wait for them short."""
+        self.watchdog.progress(self.state.step, "waiting for data")
+        item = None
+        with self._told_later():
+            while not steps.ready(DATA_POLL_SECONDS) and not self.interrupt.requested:
+                pass
+            if steps.ready(0):
+                item = next(steps)
+        self._agree()
+        assert item is not None, "a wait is cut short by a request to stop only"
+        return item
 
     def _step(self, batches: list, num_targets: int) -> StepResult:
         state, config = self.state, self.config
         torch.manual_seed((config.seed * 1_000_003 + state.step) * 65_537 + self.world.rank)
         start = time.perf_counter()
         lr = config.optim.lr * lr_factor(config.schedule, state.step)
-        result = self.engine.train_step(batches, num_targets, lr)
+        with self._first_compilation():
+            result = self.engine.train_step(batches, num_targets, lr)
         self.timed_seconds += time.perf_counter() - start
         self.timed_steps += 1
         state.step += 1
@@ -297,10 +256,58 @@ class Trainer:
         state.num_updates = self.engine.num_steps
         state.skipped_in_row = state.skipped_in_row + 1 if result.skipped else 0
         if result.skipped:
-            self.console.say(f"step {state.step}: the gradient is not finite; weights are left as they were.")
-            self._write({"step": state.step, "skipped": True})
+            self._say(f"step {state.step}: the gradient is not finite; weights are left as they were.")
+            starts = self.loader.starts(state.batch - 1).tolist()
+            self._write({"step": state.step, "skipped": True, "batch_starts_at_tokens": starts})
         self.console.advance(state.step)
         return result
+
+    @contextlib.contextmanager
+    def _first_compilation(self) -> Iterator[None]:
+        """While blocks are compiled a request to stop ends the process: this step's checkpoint is there."""
+        if not self.engine.compiles() or not self.first_step == self.state.step == self.saved_step:
+            self.watchdog.progress(self.state.step, "training step")
+            yield
+            return
+        limit_seconds = 60 * self.config.engine.timeout_minutes
+        self.watchdog.progress(self.state.step, "first step, compiling", limit_seconds)
+        with self.interrupt.at_once():
+            yield
+
+    def _is_spike(self, result: StepResult) -> bool:
+        """Whether the loss is far above those of the last steps; says and records it."""
+        limit, step = spike_limit(self.state.recent_losses), self.state.step
+        if self.config.spike_action == "none" or result.skipped or not result.loss > limit:
+            return False
+        self._say(f"step {step}: loss spike, {result.loss:.4f} where at most {limit:.4f} was expected.")
+        self._write({"step": step, "spike_loss": result.loss, "spike_limit": limit})
+        return True
+
+    def _roll_back(self, loss: float) -> bool:
+        """Where settings and checkpoints allow it, take up the last one and leave out the batches since."""
+        if self.config.spike_action != "rollback" or self.num_rollbacks == MAX_ROLLBACKS:
+            return False
+        if self.saved_step is None:
+            self._say("there is no checkpoint to go back to yet.")
+            return False
+        spiked = self.state
+        checkpoint = find_checkpoint("must", self.folder, self.world, self._say)
+        assert checkpoint is not None
+        state = saved_state(checkpoint)
+        left_out = spiked.step - state.step
+        self.engine.load(checkpoint.read, state.num_updates)
+        state.micro_batch_size = spiked.micro_batch_size
+        state.passed_over_batches = spiked.passed_over_batches + left_out
+        self.state = state
+        self.num_rollbacks += 1
+        with self._told_later():
+            if self.metrics:
+                self.metrics.drop_after(state.step)
+        self._write(
+            {"step": state.step, "rolled_back_from": spiked.step, "spike_loss": loss, "left_out": left_out}
+        )
+        self._say(f"went back to step {state.step}; {left_out} batches are left out.")
+        return True
 
     def _log(self, result: StepResult) -> None:
         state, config = self.state, self.config
@@ -319,11 +326,19 @@ class Trainer:
         }
         self.timed_steps, self.timed_seconds = 0, 0.0
         self._write(line)
-        self.console.show(line, config.max_steps, (config.max_steps - state.step) * step_seconds)
+        with self._told_later():
+            self.console.show(line, config.max_steps, (config.max_steps - state.step) * step_seconds)
 
     def _evaluate(self) -> None:
+        """Score the validation documents, unless a request to stop comes between two batches of them."""
         if not self.valid_documents:
             return
+
+        def progress(_: int) -> None:
+            self.watchdog.progress(self.state.step, "evaluation")
+            self._agree()
+
+        self.watchdog.progress(self.state.step, "evaluation")
         self.engine.model.eval()
         longest = max(len(document.ids) - 1 for document in self.valid_documents)
         result = evaluate(
@@ -332,7 +347,9 @@ class Trainer:
             min(self.config.seq_len, longest),
             self.world,
             batch_tokens=self.config.seq_len * self.state.micro_batch_size,
+            progress=progress,
         )
+        self.evaluated_step = self.state.step
         self._write(
             {
                 "step": self.state.step,
@@ -342,7 +359,7 @@ class Trainer:
                 "valid_bits_per_byte": result.bits_per_byte,
             }
         )
-        self.console.say(
+        self._say(
             f"step {self.state.step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
             f"{result.bits_per_byte:.4f} bits per byte"
         )
@@ -360,31 +377,40 @@ class Trainer:
             self.world.device,
             tokenizer.eos_id,
         )
-        text = tokenizer.decode(list(ids))
-        if self.world.is_first:
-            line = {"step": self.state.step, "prompt": config.sample_prompt, "text": text}
-            with explain_write_errors(self.folder.samples), open(self.folder.samples, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            self.console.say(f"step {self.state.step}: sample {config.sample_prompt + text!r}")
+        sampled = []
+        for token_id in ids:
+            sampled.append(token_id)
+            self.watchdog.progress(self.state.step, "sampling")
+            self._agree()
+        text = tokenizer.decode(sampled)
+        self.sampled_step = self.state.step
+        with self._told_later():
+            if self.samples:
+                self.samples.write({"step": self.state.step, "prompt": config.sample_prompt, "text": text})
+        self._say(f"step {self.state.step}: sample {config.sample_prompt + text!r}")
 
     def _save(self) -> None:
+        """Save this step from all ranks, unless that is done."""
         if self.saved_step == self.state.step:
             return
-        if self.metrics:
-            self.metrics.sync()
+        self.watchdog.progress(self.state.step, "saving")
+        with self._told_later():
+            if self.metrics:
+                self.metrics.sync()
+        self._check_problems()  # a checkpoint needs its metrics
         path = save_checkpoint(
             self.folder.checkpoints,
             step=self.state.step,
             fragments=self.engine.fragments_to_save(),
             world=self.world,
             write_files=self._write_checkpoint_files,
-            state={name: getattr(self.state, name) for name in RunState.__slots__},
+            state=self.state.as_dict(),
             facts=self._facts(),
         )
-        self.saved_step = self.state.step
+        self.saved_step, self.num_rollbacks = self.state.step, 0
         if self.world.is_first:
-            remove_old(self.folder.checkpoints, self.config.keep_checkpoints)
-        self.console.say(f"step {self.state.step}: saved {path}")
+            remove_old(self.folder.checkpoints, self.config.keep_checkpoints, self.state.step)
+        self._say(f"step {self.state.step}: saved {path}")
 
     def _write_checkpoint_files(self, folder: Path) -> None:
         save_config(self.config, folder / "config.yaml")
@@ -409,16 +435,13 @@ class Trainer:
         """Save and leave when asked to stop; the same command goes on from here."""
         self._save()
         reason = self.interrupt.reason or "another rank was asked to stop"
-        self.console.say(f"stopped at step {self.state.step} ({reason}); run the same command to go on.")
+        self._say(f"stopped at step {self.state.step} ({reason}); run the same command to go on.")
         return EXIT_PREEMPTED
 
-    def _drop_later_samples(self) -> None:
-        """After a resume samples.jsonl holds none of the steps that are run again."""
-        path = self.folder.samples
-        if self.world.is_first and path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.strip()]
-            kept = [line for line in lines if json.loads(line)["step"] <= self.state.step]
-            path.write_text("".join(line + "\n" for line in kept))
+    def _give_up(self, reason: str) -> int:
+        last = "there is none" if self.saved_step is None else f"step {self.saved_step}"
+        self._say(f"stopping at step {self.state.step} without saving it: {reason}. Last checkpoint: {last}.")
+        return EXIT_FAILED
 
     def _introduce(self) -> None:
         """Say what is about to run."""
@@ -427,32 +450,33 @@ class Trainer:
         backend = model.backend if model.backend != "auto" else default_backend(world.device)
         attention = "softmax" if model.attention == "softmax" else f"{model.attention} (backend {backend})"
         verb = f"resuming at step {self.state.step}" if self.state.step else "starting"
-        self.console.say(
+        self._say(
             f"{verb}: {model.name}, {model.num_parameters():,} parameters, vocabulary {model.vocab_size}, "
             f"attention {attention}, {config.engine.precision}, ZeRO {self.engine.stage}"
         )
-        self.console.say(
+        self._say(
             f"data {self.data.name}: {self.data.train.tokens:,} training tokens in "
             f"{self.data.train.documents:,} documents"
         )
-        self.console.say(
+        self._say(
             f"seq_len {config.seq_len}, batch {config.batch_tokens:,} tokens = {world.size} rank(s) x "
             f"{self.engine.accumulation_steps} micro-steps x {self.state.micro_batch_size} sequences, "
             f"on {world.device.type}"
         )
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self.metrics:
-            self.metrics.write(line)
-        if self.wandb:
-            self.wandb.write(line)
+        with self._told_later():
+            if self.metrics:
+                self.metrics.write(line)
+            if self.wandb:
+                self.wandb.write(line)
+
+    def _say(self, text: str) -> None:
+        with self._told_later():
+            self.console.say(text)
 
     def close(self) -> None:
         """Close files and the bar, whatever happened."""
-        for part in (self.console, self.metrics, self.wandb):
+        for part in (self.console, self.metrics, self.samples, self.wandb):
             if part is not None:
                 part.close()
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data.files import explain_write_errors
+from data.files import explain_write_errors, write_atomically
 from training.config import TrainConfig, to_dict
 
 # Dense bf16 peaks in FLOP/s from the vendors' data sheets; a device that is not here has no MFU.
@@ -48,36 +48,51 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class MetricsFile:
-    """metrics.jsonl. Opening it at a step drops what a later, lost part of the run had written."""
+    """metrics.jsonl or samples.jsonl, opened at a step: later lines of it are dropped."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
-        with explain_write_errors(path):
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, path)
-            self._file = open(path, "a")  # noqa: SIM115 (open for the run)
+        self._file: Any = None
+        self.drop_after(resumed_step)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; non-finite floats become null, since JSON has none."""
         line = {key: None if _is_non_finite(value) else value for key, value in values.items()}
         with explain_write_errors(self.path):
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            _append(self._file, json.dumps(line) + "\n")
+
+    def drop_after(self, step: int) -> None:
+        """Take out what a later, lost part of the run had written."""
+        self.close()
+        kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= step]
+        with explain_write_errors(self.path):
+            write_atomically(self.path, "".join(kept).encode())
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open for the run)
 
     def sync(self) -> None:
         """Make all lines durable; called before a checkpoint refers to them."""
         with explain_write_errors(self.path):
-            self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def _append(file: Any, text: str) -> None:
+    """Write all of it, unbuffered: what a full disk refused is not tried again when the file is closed."""
+    content = text.encode()
+    while content:
+        content = content[file.write(content) :]
+
+
+def last_step(path: Path, key: str) -> int:
+    """The last step with a line that has `key`, or 0."""
+    return max((line["step"] for line in read_metrics(path) if key in line), default=0)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """All whole lines of metrics.jsonl or samples.jsonl; a line cut short by a crash is left out."""
     lines: list[dict[str, Any]] = []
     if path.exists():
         for text in path.read_text().splitlines():
@@ -98,7 +113,11 @@ class Console:
     """The run's voice on the first rank: a live bar or plain lines off a terminal; and train.log."""
 
     def __init__(self, log_path: Path | None, total_steps: int, first_step: int) -> None:
-        self._log = open(log_path, "a") if log_path else None  # noqa: SIM115 (open for the run)
+        self._log: Any = None
+        if log_path:
+            self._path = log_path
+            with explain_write_errors(log_path):
+                self._log = open(log_path, "ab", buffering=0)  # noqa: SIM115 (open for the run)
         self._bar = None
         if log_path and sys.stderr.isatty():
             self._bar = tqdm(
@@ -109,12 +128,15 @@ class Console:
         """One line to the screen and to train.log."""
         if self._log is None:
             return
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr, flush=True)
+        self._write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def _write(self, text: str) -> None:
+        with explain_write_errors(self._path):
+            _append(self._log, text)
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""
@@ -127,7 +149,7 @@ class Console:
         speed = f"{line['tokens_per_second']:,.0f} tokens/s{mfu}"
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {line['loss']:.4f}  {speed}")
-            self._log.write(json.dumps(line) + "\n")
+            self._write(json.dumps(line) + "\n")
             return
         self.say(
             f"step {line['step']}/{total_steps}  loss {line['loss']:.4f}  grad norm {line['grad_norm']:.3f}  "

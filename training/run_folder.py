@@ -25,6 +25,7 @@ class RunFolder:
         self.report = self.path / "report.md"
         self.checkpoints = self.path / "checkpoints"
         self.evaluations = self.path / "eval"
+        self.heartbeats = self.path / "heartbeats"
         self._lock: int | None = None
 
     def holds_run(self) -> bool:
@@ -34,6 +35,15 @@ class RunFolder:
     def has_checkpoint(self) -> bool:
         """Whether a checkpoint is there, valid or not."""
         return any(self.checkpoints.glob("step_*"))
+
+    def enter(self, resume: str, overwrite: bool) -> None:
+        """Lock the folder and prepare it.
+
+        Raises:
+            SettingError: another process trains in it, or `resume` forbids it.
+        """
+        self.lock()
+        self.prepare(resume, overwrite)
 
     def prepare(self, resume: str, overwrite: bool) -> None:
         """Create the folder, or with `overwrite` empty it; refuse what `resume` forbids, moving nothing.
@@ -58,6 +68,7 @@ class RunFolder:
         with explain_write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
+        shutil.rmtree(self.heartbeats, ignore_errors=True)  # of a start that was killed
 
     def lock(self) -> None:
         """Hold run.lock until this process ends; the kernel frees a dead holder's lock at once.

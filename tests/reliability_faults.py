@@ -1,0 +1,274 @@
+"""Faults for the reliability tests, put into a rank before it trains; nothing of them is in the product."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training import checkpoint, interrupt, loop, setup, watchdog
+from training.engine import Engine
+
+
+def skip_report() -> None:
+    """Leave out the plots: they take longer than the run."""
+    loop.write_report = lambda folder: None
+
+
+def before(owner: Any, name: str, action: Callable[[], None]) -> None:
+    """Call `action` before every call of owner.name."""
+    original = getattr(owner, name)
+
+    def patched(*arguments, **keywords):
+        action()
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, patched)
+
+
+def impatient() -> None:
+    """Short waits: tests have no minutes."""
+    watchdog.POLL_SECONDS, watchdog.WAITING_SECONDS = 0.2, 1.0
+    watchdog.FROZEN_SECONDS, watchdog.GONE_SECONDS = 1.5, 1.0
+    interrupt.POLL_SECONDS = 0.2
+
+
+PHASES: dict[str, tuple[Any, str]] = {
+    "data wait": (loop.TrainLoader, "batch"),
+    "forward": (Engine, "_loss"),
+    "backward": (torch.Tensor, "backward"),
+    "step": (Engine, "_update"),
+    "evaluation": (loop, "evaluate"),
+    "sampling": (loop, "generate"),
+    "save": (checkpoint, "_write_safetensors"),
+    "first compile": (Engine, "_loss"),
+}
+
+
+def pause_in(phase: str, marker: str, seconds: float, step: int = 2) -> None:
+    """Once `step` steps have been taken, write `marker` at the next entry of a phase and wait there, once."""
+    if phase == "first compile":
+        step = 0
+    owner, name = PHASES[phase]
+    taken = _count_steps()
+    paused = []
+
+    def pause() -> None:
+        if taken[0] >= step and not paused:
+            paused.append(True)
+            Path(marker).touch()
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline:
+                time.sleep(0.05)
+
+    before(owner, name, pause)
+
+
+def pause_in_preparation(marker: str, seconds: float) -> None:
+    """Write `marker` and wait while the data is prepared."""
+
+    def pause() -> None:
+        Path(marker).touch()
+        time.sleep(seconds)
+
+    before(setup, "prepare", pause)
+
+
+def pretend_to_compile() -> None:
+    """Let the run take its first step for one that compiles."""
+    Engine.compiles = lambda self: True
+    torch.nn.Module.compile = lambda self, **_: None
+
+
+def _count_steps() -> list[int]:
+    """A list whose one number is that of the steps taken in this process."""
+    taken = [0]
+    train_step = Engine.train_step
+
+    def patched(self, *arguments):
+        result = train_step(self, *arguments)
+        taken[0] += 1
+        return result
+
+    Engine.train_step = patched
+    return taken
+
+
+def signal_after_steps(steps: list[int], number: int = signal.SIGTERM) -> None:
+    """Signal this process once so many optimizer steps of the run have been taken."""
+    train_step = Engine.train_step
+
+    def patched(self, *arguments):
+        result = train_step(self, *arguments)
+        if self.num_steps in steps:
+            os.kill(os.getpid(), number)
+        return result
+
+    Engine.train_step = patched
+
+
+def kill_at_write(count: int) -> None:
+    """kill -9 this process before its `count`-th action on the run's files (writes, renames, removals)."""
+    left = [count]
+
+    def act() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for owner, name in (
+        (os, "fsync"),
+        (os, "replace"),
+        (shutil, "rmtree"),
+        (Path, "mkdir"),
+        (Path, "unlink"),
+        (checkpoint, "save_file"),
+        (loop.MetricsFile, "write"),
+    ):
+        before(owner, name, act)
+    original = builtins.open
+
+    def opened(path, mode="r", *arguments, **keywords):
+        if "w" in mode or "a" in mode:
+            act()
+        return original(path, mode, *arguments, **keywords)
+
+    builtins.open = opened
+
+
+def slow_saves(seconds: float) -> None:
+    """Let saving take most of the time, in small pieces."""
+    pause = lambda: time.sleep(random.random() * seconds)  # noqa: E731
+    for owner, name in ((os, "fsync"), (os, "replace"), (checkpoint, "save_file"), (shutil, "rmtree")):
+        before(owner, name, pause)
+
+
+def poison_gradient(steps: list[int], value: float) -> None:
+    """Make one gradient element of this rank nan or inf at these steps (counted in this process from 1)."""
+    taken = _count_steps()
+    loss = Engine._loss
+
+    def patched(self, batch):
+        result = loss(self, batch)
+        if taken[0] + 1 in steps:
+            result = result + _Poison.apply(next(self.model.parameters()), value)
+        return result
+
+    Engine._loss = patched
+
+
+class _Poison(torch.autograd.Function):
+    """Zero forward; a gradient with one bad element backward."""
+
+    @staticmethod
+    def forward(context, parameter, value):
+        context.shape, context.value, context.like = parameter.shape, value, parameter
+        return torch.zeros((), device=parameter.device)
+
+    @staticmethod
+    def backward(context, _):
+        gradient = torch.zeros_like(context.like)
+        gradient.view(-1)[-1] = context.value
+        return gradient, None
+
+
+def poison_weights(after_steps: int) -> None:
+    """Make one master weight nan after so many steps."""
+    taken = _count_steps()
+    fragments = Engine.fragments
+
+    def patched(self):
+        for fragment in fragments(self):
+            if taken[0] >= after_steps:
+                fragment.tensors["param"].view(-1)[0] = float("nan")
+            yield fragment
+
+    Engine.fragments = patched
+
+
+def record_states(folder: str) -> None:
+    """Save this rank's weights and moments before and after every step, to compare bit for bit."""
+    train_step = Engine.train_step
+
+    def patched(self, *arguments):
+        torch.save(_state(self), f"{folder}/before{self.world.rank}.pt")
+        result = train_step(self, *arguments)
+        after = _state(self)
+        same = all(
+            torch.equal(after[key], value)
+            for key, value in torch.load(f"{folder}/before{self.world.rank}.pt").items()
+        )
+        with open(f"{folder}/same{self.world.rank}", "a") as file:
+            file.write(f"{int(same)}")
+        return result
+
+    Engine.train_step = patched
+
+
+def _state(engine: Engine) -> dict[str, torch.Tensor]:
+    state = {
+        f"{kind}/{fragment.name}": tensor.clone()
+        for fragment in engine.fragments()
+        for kind, tensor in fragment.tensors.items()
+    }
+    if engine.stage < 3:
+        state |= {f"weight/{name}": p.detach().clone() for name, p in engine.model.named_parameters()}
+    return state
+
+
+def bad_batch(steps: list[int], rise: float) -> None:
+    """Add to the reported loss when the run's batches of these numbers are trained on."""
+    num_targets = loop.TrainLoader.num_targets
+    seen = []
+
+    def counted(self, batch):
+        seen.append(batch)
+        return num_targets(self, batch)
+
+    loop.TrainLoader.num_targets = counted
+    step = loop.Trainer._step
+
+    def patched(self, batches, targets):
+        batch = self.state.batch
+        result = step(self, batches, targets)
+        if batch in steps:
+            result.loss += rise
+        return result
+
+    loop.Trainer._step = patched
+
+
+def freeze_in(phase: str, step: int) -> None:
+    """SIGSTOP this process in a phase after so many steps."""
+    owner, name = PHASES[phase]
+    taken = _count_steps()
+    before(owner, name, lambda: os.kill(os.getpid(), signal.SIGSTOP) if taken[0] >= step else None)
+
+
+def hang_in(phase: str, step: int) -> None:
+    """Never leave a phase after so many steps."""
+    owner, name = PHASES[phase]
+    taken = _count_steps()
+    before(owner, name, lambda: time.sleep(1000) if taken[0] >= step else None)
+
+
+def apply(faults: list[tuple]) -> None:
+    """Put in faults given as (name, arguments…)."""
+    for name, *arguments in faults:
+        globals()[name](*arguments)
+
+
+if __name__ == "__main__":  # under a real launcher: train.py with the faults of the environment
+    skip_report()
+    apply(json.loads(os.environ["FAULTS"]).get(os.environ["RANK"], []))
+    runpy.run_path("train.py", run_name="__main__")

@@ -1,0 +1,217 @@
+"""Requests to stop in every phase, ranks that die, stand still or are started twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from reliability_ranks import QUICK, train
+from training_helpers import ROOT, environment, lines, settings, write_text
+
+from training.checkpoint import newest_checkpoint
+
+pytestmark = pytest.mark.slow
+
+PHASES = ("data wait", "forward", "backward", "step", "evaluation", "sampling", "save", "first compile")
+STOP_SECONDS = 20
+WITH_ALL_PHASES = ("eval_every=1", "sample_every=1", "sample_tokens=8", "max_steps=100000")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("corpus") / "text")
+
+
+def wait_for(condition, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def assert_stopped_at_a_checkpoint(run_dir: Path) -> None:
+    """The newest checkpoint is valid and that of the last step."""
+    newest = newest_checkpoint(run_dir / "checkpoints")
+    assert newest is not None
+    metrics = run_dir / "metrics.jsonl"
+    assert newest.step == max(lines(run_dir) if metrics.exists() else {}, default=0)
+
+
+def faults_for(phase: str) -> list[tuple]:
+    """What every rank gets: a real first compilation takes too long here, so waiting stands for it."""
+    return [("impatient",)] + ([("pretend_to_compile",)] if phase == "first compile" else [])
+
+
+def stop_a_rank(text: Path, folder: Path, phase: str, rank: int, number: int) -> None:
+    marker, run_dir = folder / "marker", folder / "run"
+    faults = {each: faults_for(phase) for each in range(2)}
+    faults[rank].append(("pause_in", phase, str(marker), 1.0 if phase != "first compile" else 60.0))
+    ranks = train(text, run_dir, *WITH_ALL_PHASES, num_ranks=2, faults=faults)
+    wait_for(marker.exists)
+    ranks.signal(number, rank)
+    assert ranks.wait(STOP_SECONDS) == [75, 75], ranks.stderr(0) + ranks.stderr(1)
+    assert "run the same command to go on" in ranks.stderr()
+    assert_stopped_at_a_checkpoint(run_dir)
+
+
+def stop_the_launcher(text: Path, folder: Path, phase: str, number: int) -> None:
+    marker, run_dir = folder / "marker", folder / "run"
+    pause = ["pause_in", phase, str(marker), 1.0 if phase != "first compile" else 60.0]
+    faults = {"0": [*faults_for(phase), pause], "1": faults_for(phase)}
+    variables = environment() | {"FAULTS": json.dumps(faults)}
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables["PATH"]])
+    arguments = settings(text, run_dir, *QUICK, *WITH_ALL_PHASES)
+    command = ["deepspeed", "--num_accelerators", "2", "tests/reliability_faults.py", *arguments]
+    with open(folder / "stderr", "w") as log:
+        runner = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=log, stderr=log, start_new_session=True
+        )
+    wait_for(marker.exists, 120)
+    family = psutil.Process(runner.pid).children(recursive=True)
+    runner.send_signal(number)
+    _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
+    for process in left:
+        process.kill()
+    runner.wait(STOP_SECONDS)
+    assert not left, (folder / "stderr").read_text()
+    assert_stopped_at_a_checkpoint(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("phase", "rank", "number"),
+    [
+        ("data wait", 1, signal.SIGTERM),
+        ("backward", 0, signal.SIGINT),
+        ("evaluation", 1, signal.SIGINT),
+        ("sampling", 0, signal.SIGTERM),
+        ("save", 1, signal.SIGTERM),
+        ("first compile", 1, signal.SIGTERM),
+    ],
+)
+def test_a_signal_stops_all_ranks_with_a_checkpoint(phase, rank, number, text, tmp_path):
+    stop_a_rank(text, tmp_path, phase, rank, number)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_signal_in_every_phase(phase, rank, number, text, tmp_path):
+    stop_a_rank(text, tmp_path, phase, rank, number)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_signal_to_the_launcher(phase, number, text, tmp_path):
+    stop_the_launcher(text, tmp_path, phase, number)
+
+
+def test_a_stop_before_the_first_step_leaves_at_once(text, tmp_path):
+    """Nothing is to be saved yet: the signalled rank leaves, the other hears of it."""
+    faults = {rank: [("impatient",)] for rank in range(2)}
+    marker = tmp_path / "marker"
+    faults[0].append(("pause_in_preparation", str(marker), 60.0))
+    ranks = train(text, tmp_path / "run", "max_steps=100", num_ranks=2, faults=faults)
+    wait_for(marker.exists)
+    ranks.signal(signal.SIGTERM, 0)
+    assert ranks.wait(STOP_SECONDS) == [75, 75], ranks.stderr(0) + ranks.stderr(1)
+
+
+def test_what_a_stop_left_out_is_made_up_for(text, tmp_path):
+    """Stopped in the evaluation of its last step, a run evaluates at its next start, and is finished."""
+    marker, run_dir = tmp_path / "marker", tmp_path / "run"
+    faults = {0: [("impatient",), ("pause_in", "evaluation", str(marker), 1.0, 3)]}
+    ranks = train(text, run_dir, "max_steps=3", faults=faults)
+    wait_for(marker.exists)
+    ranks.signal(signal.SIGTERM, 0)
+    assert ranks.wait() == [75]
+    assert not lines(run_dir, "valid_loss")
+    assert train(text, run_dir, "max_steps=3").wait() == [0]
+    assert list(lines(run_dir, "valid_loss")) == [3]
+    finished = train(text, run_dir, "max_steps=3")
+    assert finished.wait() == [0]
+    assert "finished at step 3" in finished.stderr()
+
+
+def kill_a_rank(text: Path, folder: Path, rank: int, phase: str) -> None:
+    marker, run_dir = folder / "marker", folder / "run"
+    faults = {each: [("impatient",)] for each in range(2)}
+    faults[rank].append(("pause_in", phase, str(marker), 30.0))
+    ranks = train(text, run_dir, *WITH_ALL_PHASES, num_ranks=2, faults=faults)
+    wait_for(marker.exists)
+    ranks.signal(signal.SIGKILL, rank)
+    codes = ranks.wait(STOP_SECONDS)
+    assert codes[rank] == -signal.SIGKILL
+    other = 1 - rank
+    assert codes[other] == 1, ranks.stderr(other)
+    assert f"rank {rank} (process {ranks.processes[rank].pid}" in ranks.stderr(other)
+    assert "is gone" in ranks.stderr(other)
+
+
+@pytest.mark.parametrize(("rank", "phase"), [(0, "forward"), (1, "save")])
+def test_a_killed_rank_is_named_by_the_other_which_goes_too(rank, phase, text, tmp_path):
+    kill_a_rank(text, tmp_path, rank, phase)
+
+
+def stand_still(text: Path, folder: Path, rank: int, fault: str, phase: str) -> str:
+    """Returns the report of the ranks."""
+    run_dir = folder / "run"
+    faults = {each: [("impatient",)] for each in range(2)}
+    faults[rank].append((fault, phase, 2))
+    arguments = (*WITH_ALL_PHASES, "engine.watchdog_seconds=5")
+    ranks = train(text, run_dir, *arguments, num_ranks=2, faults=faults)
+    codes = ranks.wait(60)
+    assert None not in codes, "a rank hangs"
+    assert 0 not in codes
+    log = (run_dir / "train.log").read_text()
+    report = log[log.index("no rank has got on for 5 s") :]
+    for each in range(2):
+        assert f"rank {each}: process {ranks.processes[each].pid}" in report, report
+    assert report.count("trainer.run()") == 2, report  # a Python stack of each
+    return report
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "phase"), [("freeze_in", 1, "forward"), ("hang_in", 0, "data wait")]
+)
+def test_ranks_that_stand_still_are_reported_and_end(fault, rank, phase, text, tmp_path):
+    report = stand_still(text, tmp_path, rank, fault, phase)
+    assert ("stopped, or its host is gone" in report) == (fault == "freeze_in")
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("fault", "phase"),
+    [
+        ("freeze_in", "forward"),
+        ("freeze_in", "step"),
+        ("freeze_in", "save"),
+        ("hang_in", "backward"),
+        ("hang_in", "sampling"),
+    ],
+)
+def test_every_way_to_stand_still(fault, phase, rank, text, tmp_path):
+    stand_still(text, tmp_path, rank, fault, phase)
+
+
+def test_one_of_two_starts_trains_and_a_dead_holder_is_followed_at_once(text, tmp_path):
+    run_dir = tmp_path / "run"
+    first = train(text, run_dir, "max_steps=100000")
+    wait_for(lambda: newest_checkpoint(run_dir / "checkpoints") is not None)
+    second = train(text, run_dir, "max_steps=100000")
+    assert second.wait() == [2]
+    assert f"is being trained by process {first.processes[0].pid}" in second.stderr()
+    first.signal(signal.SIGKILL, 0)
+    first.wait()
+    third = train(text, run_dir, "max_steps=100000")
+    wait_for(lambda: "resuming at step" in third.stderr(), 30)
+    third.signal(signal.SIGTERM, 0)
+    assert third.wait() == [75]

@@ -1,0 +1,71 @@
+"""Which processes are alive, told apart from later ones that were given the same number.
+
+Read from /proc, so on Linux only; elsewhere nothing is known and nobody is taken for dead.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+PROC = Path("/proc")
+# A shell above the launcher may go (nohup, a closed terminal): the run is meant to outlive it.
+SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh", "csh", "tcsh"}
+
+
+class _Status(NamedTuple):
+    name: str
+    state: str
+    parent: int
+    started: int
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process on this host; `started` is in clock ticks since boot."""
+
+    pid: int
+    started: int
+
+    def is_running(self) -> bool:
+        """Whether it still exists and is no zombie."""
+        if not PROC.exists():
+            return True
+        status = _status(self.pid)
+        return status is not None and status.started == self.started and status.state not in "ZX"
+
+
+def this_process() -> Process:
+    """The process that asks."""
+    return _process(os.getpid()) or Process(os.getpid(), 0)
+
+
+def launchers() -> list[Process]:
+    """The processes above this one, up to the first shell: those that started the run."""
+    found: list[Process] = []
+    pid = os.getppid()
+    while pid > 1:
+        status = _status(pid)
+        if status is None or status.name in SHELLS:
+            break
+        found.append(Process(pid, status.started))
+        pid = status.parent
+    return found
+
+
+def _process(pid: int) -> Process | None:
+    status = _status(pid)
+    return Process(pid, status.started) if status else None
+
+
+def _status(pid: int) -> _Status | None:
+    """Fields of /proc/<pid>/stat; None where there is no such process."""
+    try:
+        text = (PROC / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
+        return None
+    name, _, rest = text.partition("(")[2].rpartition(")")
+    fields = rest.split()
+    return _Status(name, state=fields[0], parent=int(fields[1]), started=int(fields[19]))

@@ -1,0 +1,188 @@
+"""From settings to what a run trains with on this rank: data, checkpoint, state, model, engine."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data.files import explain_write_errors
+from data.prepare import PreparedData, prepare
+from models.transnormer import TransNormer
+from training.checkpoint import (
+    BYTES_PER_PARAMETER,
+    Checkpoint,
+    CheckpointError,
+    list_checkpoints,
+    newest_checkpoint,
+    open_checkpoint,
+)
+from training.config import TrainConfig, check_resumable, load_saved_config, save_config
+from training.distributed import World
+from training.engine import Engine
+from training.errors import SettingError
+from training.memory import resolve_micro_batch
+from training.metrics import last_step
+from training.run_folder import RunFolder
+from training.state import RunState, saved_state
+from training.weights import check_weights, load_initial_weights
+
+Log = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Run:
+    """A run that is ready to train; `resumed` says that its state came from a checkpoint."""
+
+    config: TrainConfig
+    folder: RunFolder
+    world: World
+    data: PreparedData
+    state: RunState
+    engine: Engine
+    resumed: bool
+
+
+def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Run | None:
+    """Prepare the data, take up the newest valid checkpoint and build the engine; None for a finished run.
+
+    Raises:
+        SettingError, DataError: something the user can mend; nothing has been overwritten.
+    """
+    _check_backend(config, world)
+    if not world.is_first:  # the first rank's hashes are enough
+        config = replace(config, data=replace(config.data, verify="quick"))
+    data = prepare(config.data, config.tokenizer, log=log)
+    checkpoint = find_checkpoint(config.resume, folder, world, log)
+    config = _settle(config, data, checkpoint, log)
+    state = _initial_state(config, checkpoint, world)
+    if state.step >= config.max_steps and world.on_first(lambda: _is_evaluated(folder, data, state.step)):
+        log(f"{folder.path}: finished at step {state.step}; raise max_steps to train on.")
+        return None
+    world.on_first(lambda: _check_space(config, folder, state))
+    model = TransNormer(config.model, config.seed)
+    if checkpoint is not None:
+        check_weights(model, checkpoint.shapes, checkpoint.folder)
+    elif config.init_from:
+        load_initial_weights(model, config.init_from, data.tokenizer)
+    engine = Engine(
+        model,
+        config,
+        world,
+        accumulation_steps=config.sequences_per_step // world.size // state.micro_batch_size,
+        micro_batch_size=state.micro_batch_size,
+    )
+    if checkpoint is not None:
+        engine.load(checkpoint.read, state.num_updates)
+    world.on_first(lambda: _save_config(config, folder))
+    return Run(config, folder, world, data, state, engine, resumed=checkpoint is not None)
+
+
+def _check_backend(config: TrainConfig, world: World) -> None:
+    """Refuse a kernel that this rank's device can't run, before data and model are made."""
+    if config.model.backend == "triton" and world.device.type != "cuda":
+        raise SettingError(
+            "model.backend=triton needs a CUDA device and there is none: use model.backend=auto."
+        )
+
+
+def find_checkpoint(resume: str, folder: RunFolder, world: World, log: Log) -> Checkpoint | None:
+    """The run's newest valid checkpoint, verified once on the first rank and opened by the others.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is valid.
+    """
+    if resume == "never":
+        return None
+
+    def find() -> Path | None:
+        newest = newest_checkpoint(folder.checkpoints, log)
+        if newest is None and (resume == "must" or list_checkpoints(folder.checkpoints)):
+            raise CheckpointError(f"{folder.checkpoints} holds no valid checkpoint to resume from.")
+        return newest.folder if newest else None
+
+    found = world.on_first(find)
+    return open_checkpoint(found, verify=False) if found else None
+
+
+def _settle(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | None, log: Log) -> TrainConfig:
+    """Fill in what the settings leave open, from the run that is resumed or from the data.
+
+    Raises:
+        SettingError: a setting, the data or the tokenizer differs from the resumed run's.
+    """
+    total_steps = config.schedule.total_steps
+    vocab_size = config.model.vocab_size
+    if checkpoint is not None:
+        saved = load_saved_config(checkpoint.folder / "config.yaml")
+        check_resumable(config, saved, checkpoint.folder)
+        _check_data(config, data, checkpoint, log)
+        total_steps = total_steps or saved["schedule"]["total_steps"]
+        vocab_size = vocab_size or saved["model"]["vocab_size"]
+        if type(total_steps) is not int or type(vocab_size) is not int:
+            raise CheckpointError(
+                f"{checkpoint.folder / 'config.yaml'}: total_steps is {str(total_steps)[:40]}."
+            )
+    vocab_size = vocab_size or data.tokenizer.vocab_size
+    if vocab_size < data.tokenizer.vocab_size:
+        raise SettingError(
+            f"model.vocab_size={vocab_size} is smaller than the tokenizer's {data.tokenizer.vocab_size}."
+        )
+    return replace(
+        config,
+        schedule=replace(config.schedule, total_steps=total_steps or config.max_steps),
+        model=replace(config.model, vocab_size=vocab_size),
+    )
+
+
+def _check_data(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint, log: Log) -> None:
+    """Refuse other data or another tokenizer than the run was started with, unless that is allowed."""
+    for key, value in (("tokenizer", data.tokenizer.fingerprint), ("data", data.fingerprint)):
+        if checkpoint.manifest.get(f"{key}_fingerprint") == value:
+            continue
+        if not config.allow_changed_data:
+            raise SettingError(
+                f"{checkpoint.folder}: the {key} has changed since this run was started. Restore it, set "
+                "allow_changed_data=true, or start another run_dir (init_from= takes this run's weights)."
+            )
+        log(f"the {key} has changed since this run was started; going on, as allow_changed_data=true says")
+
+
+def _initial_state(config: TrainConfig, checkpoint: Checkpoint | None, world: World) -> RunState:
+    saved = saved_state(checkpoint) if checkpoint is not None else None
+    wish = saved.micro_batch_size if saved else None
+    micro_batch_size = resolve_micro_batch(config, world.size, world.device, wish)
+    if saved is None:
+        return RunState(micro_batch_size, world.from_first(uuid.uuid4().hex[:12]))
+    return replace(saved, micro_batch_size=micro_batch_size)
+
+
+def _is_evaluated(folder: RunFolder, data: PreparedData, step: int) -> bool:
+    """Whether the last evaluation has been made: a run can be stopped in it."""
+    return not data.valid.documents or last_step(folder.metrics, "valid_loss") >= step
+
+
+def _check_space(config: TrainConfig, folder: RunFolder, state: RunState) -> None:
+    """Refuse to start where the checkpoints that will lie there at once have no room.
+
+    Raises:
+        SettingError: how much is free and how much is needed.
+    """
+    kept = len(list_checkpoints(folder.checkpoints))
+    coming = 1 + (config.max_steps - state.step) // config.save_every if config.save_every else 1
+    most = min(config.keep_checkpoints + 1, kept + coming)  # one more while the newest is written
+    size = BYTES_PER_PARAMETER * config.model.num_parameters()
+    needed, free = max(most - kept, 1) * size, shutil.disk_usage(folder.path).free
+    if free < needed:
+        raise SettingError(
+            f"run_dir={folder.path}: {free / 2**30:.2f} GiB are free, and its checkpoints need "
+            f"{needed / 2**30:.2f} GiB more ({max(most - kept, 1)} of {size / 2**30:.2f} GiB). "
+            "Free some space, lower keep_checkpoints, or choose another run_dir."
+        )
+
+
+def _save_config(config: TrainConfig, folder: RunFolder) -> None:
+    with explain_write_errors(folder.path):
+        save_config(config, folder.config)
