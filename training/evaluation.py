@@ -181,20 +181,25 @@ def _packed(windows: Iterable[_Window], batch_tokens: int) -> Iterator[list[_Win
 
 
 def _score_windows(forward, windows, batch_tokens: int, world: World, tally: _Tally, progress) -> None:
-    """Score packed windows; the batches go around the ranks, and each rank makes as many calls."""
+    """Score packed windows; the batches go around the ranks, and each rank makes as many calls.
+
+    On a GPU a batch is filled up by a sequence that is not scored: one shape, so one compilation.
+    """
     batches = list(_packed(windows, batch_tokens))
     for first in range(0, len(batches), world.size):
         mine = first + world.rank
         batch = batches[mine] if mine < len(batches) else batches[0]  # keep step with the others
         lengths = [len(window.inputs) for window in batch]
+        inputs = np.concatenate([window.inputs for window in batch])
         targets = np.concatenate([window.targets for window in batch])
         bounds = np.cumsum([0, *lengths], dtype=np.int32)
+        padding = batch_tokens - len(inputs) if world.device.type == "cuda" else 0
         losses = forward(
-            _row(np.concatenate([window.inputs for window in batch]), world),
-            _row(targets, world),
-            cu_seqlens=torch.from_numpy(bounds).to(world.device),
+            _row(np.pad(inputs, (0, padding)), world),
+            _row(np.pad(targets, (0, padding), constant_values=IGNORED), world),
+            cu_seqlens=torch.from_numpy(np.append(bounds, len(inputs) + padding)).int().to(world.device),
             reduction="none",
-        )[0]
+        )[0, : len(inputs)]
         if mine < len(batches):
             document = np.repeat([window.document for window in batch], lengths)
             position = np.arange(len(targets)) - np.repeat(bounds[:-1], lengths)
