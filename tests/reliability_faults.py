@@ -197,19 +197,15 @@ def poison_weights(after_steps: int) -> None:
 
 
 def record_states(folder: str) -> None:
-    """Save this rank's weights and moments before and after every step, to compare bit for bit."""
+    """Append to same<rank>, for each step, 1 if it left this rank's weights and moments alone, else 0."""
     train_step = Engine.train_step
 
     def patched(self, *arguments):
-        torch.save(_state(self), f"{folder}/before{self.world.rank}.pt")
+        first = _state(self)
         result = train_step(self, *arguments)
-        after = _state(self)
-        same = all(
-            torch.equal(after[key], value)
-            for key, value in torch.load(f"{folder}/before{self.world.rank}.pt").items()
-        )
+        same = all(torch.equal(first[key], value) for key, value in _state(self).items())
         with open(f"{folder}/same{self.world.rank}", "a") as file:
-            file.write(f"{int(same)}")
+            file.write(str(int(same)))
         return result
 
     Engine.train_step = patched
@@ -226,24 +222,28 @@ def _state(engine: Engine) -> dict[str, torch.Tensor]:
     return state
 
 
-def bad_batch(steps: list[int], rise: float) -> None:
-    """Add to the reported loss when the run's batches of these numbers are trained on."""
-    num_targets = loop.TrainLoader.num_targets
-    seen = []
-
-    def counted(self, batch):
-        seen.append(batch)
-        return num_targets(self, batch)
-
-    loop.TrainLoader.num_targets = counted
+def bad_batch(batches: list[int], rise: float) -> None:
+    """Add to the loss of these batches of the data's order."""
     step = loop.Trainer._step
 
-    def patched(self, batches, targets):
+    def patched(self, *arguments):
         batch = self.state.batch
-        result = step(self, batches, targets)
-        if batch in steps:
-            result.loss += rise
+        result = step(self, *arguments)
+        result.loss += rise * (batch in batches)
         return result
+
+    loop.Trainer._step = patched
+
+
+def record_batches(folder: str) -> None:
+    """Write the numbers of the batches that were trained on to batches<rank>, in order."""
+    batches: list[int] = []
+    step = loop.Trainer._step
+
+    def patched(self, *arguments):
+        batches.append(self.state.batch)
+        Path(f"{folder}/batches{self.world.rank}").write_text(json.dumps(batches))
+        return step(self, *arguments)
 
     loop.Trainer._step = patched
 

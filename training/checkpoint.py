@@ -246,10 +246,15 @@ def _finish(temporary: Path, final: Path, parts: list[dict], facts: dict[str, An
         manifest["files"] |= part["files"]
         manifest["shapes"] |= part["shapes"]
     write_json(temporary / MANIFEST, manifest)
-    write_atomically(temporary / MANIFEST_HASH, (sha256_of(temporary / MANIFEST) + "\n").encode())
+    write_atomically(temporary / MANIFEST_HASH, _hash_line((temporary / MANIFEST).read_bytes()))
     shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one that was passed over
     os.replace(temporary, final)
     sync_folder(final.parent)
+
+
+def _hash_line(content: bytes) -> bytes:
+    """What manifest.sha256 holds."""
+    return (hashlib.sha256(content).hexdigest() + "\n").encode()
 
 
 def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
@@ -285,7 +290,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is no complete checkpoint: {MANIFEST_HASH} is missing.")
     expected = read_limited(folder / MANIFEST_HASH, SMALL_FILE_BYTES)
     content = read_limited(folder / MANIFEST, MANIFEST_LIMIT_BYTES)
-    if hashlib.sha256(content).hexdigest().encode() != expected.strip():
+    if _hash_line(content) != expected:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: its SHA-256 is not that of {MANIFEST_HASH}.")
     manifest = read_json_object(folder / MANIFEST, MANIFEST_LIMIT_BYTES)
     if manifest.get("format") != FORMAT:

@@ -167,7 +167,7 @@ class Trainer:
         """Train to the last step, a roll-back, or too many skipped steps."""
         config = self.config
         with prefetch(self._batches(), depth=2) as steps:
-            while self.state.step < config.max_steps and self.state.skipped_in_row < config.max_skipped_steps:
+            while self.state.step < config.max_steps:
                 batches, num_targets = self._next(steps)
                 result = self._step(batches, num_targets)
                 if self._is_spike(result) and self._roll_back(result.loss):
@@ -175,6 +175,8 @@ class Trainer:
                 remember(self.state.recent_losses, result.loss)
                 if self._due(config.log_every) or self.state.step == 1:
                     self._log(result)
+                if self.state.skipped_in_row >= config.max_skipped_steps:
+                    return
                 self._after_step()
 
     def _after_step(self) -> None:

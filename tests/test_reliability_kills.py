@@ -1,0 +1,219 @@
+"""Runs that stop or are killed (kill -9) anywhere, and go on as if nothing had happened, bit for bit."""
+
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from reliability_ranks import train
+from training_helpers import lines, write_text
+
+from training.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, open_checkpoint
+
+pytestmark = pytest.mark.slow
+
+STEPS = 24
+SHAPE = (f"max_steps={STEPS}", "model.dropout=0.1", "sample_every=5", "sample_tokens=4", "eval_every=7")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("corpus") / "text")
+
+
+def weights_and_moments(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = open_checkpoint(folder)
+    return {
+        f"{kind}/{name}": checkpoint.read(name, kind, 0, torch.Size(shape).numel())
+        for name, shape in checkpoint.shapes.items()
+        for kind in ("param", "exp_avg", "exp_avg_sq")
+    }
+
+
+def assert_same_run(run_dir: Path, whole: Path) -> None:
+    """The same losses and gradient norms at every step, validation losses, samples, weights and moments."""
+    for key in ("loss", "grad_norm", "valid_loss"):
+        values = {step: line[key] for step, line in lines(run_dir, key).items()}
+        assert values == {step: line[key] for step, line in lines(whole, key).items()}, key
+    assert (run_dir / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    name = f"checkpoints/step_{STEPS:08d}"
+    first, second = weights_and_moments(run_dir / name), weights_and_moments(whole / name)
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        assert torch.equal(tensor, second[key]), key
+
+
+def assert_resumable(run_dir: Path, least_step: int) -> int:
+    """There is a valid checkpoint, no older than before; returns its step."""
+    complaints: list[str] = []
+    newest = newest_checkpoint(run_dir / "checkpoints", complaints.append)
+    assert newest is not None or least_step == 0, complaints
+    step = newest.step if newest else 0
+    assert step >= least_step
+    return step
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """Uninterrupted runs by (stage, ranks, micro-batch size), made when they are first asked for."""
+    made: dict[tuple, Path] = {}
+
+    def make(stage: int, num_ranks: int, micro_batch_size: int) -> Path:
+        key = (stage, num_ranks, micro_batch_size)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("whole") / "run"
+            more = (*SHAPE, f"engine=zero{stage}", f"micro_batch_size={micro_batch_size}")
+            assert train(text, made[key], *more, num_ranks=num_ranks).wait(120) == [0] * num_ranks
+        return made[key]
+
+    return make
+
+
+def stop_and_go_on(
+    text, run_dir: Path, whole: Path, stage: int, num_ranks: int, micro_batch_size: int, stops
+) -> None:
+    more = (*SHAPE, f"engine=zero{stage}", f"micro_batch_size={micro_batch_size}")
+    for step in sorted(stops):
+        faults = {num_ranks - 1: [("signal_after_steps", [step])]}
+        ranks = train(text, run_dir, *more, num_ranks=num_ranks, faults=faults)
+        assert ranks.wait(120) == [75] * num_ranks, ranks.stderr()
+        assert newest_checkpoint(run_dir / "checkpoints").step == step
+    assert train(text, run_dir, *more, num_ranks=num_ranks).wait(120) == [0] * num_ranks
+    assert_same_run(run_dir, whole)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_run_that_is_stopped_is_the_run_that_was_not(stage, text, whole, tmp_path):
+    stop_and_go_on(text, tmp_path / "run", whole(stage, 2, 2), stage, 2, 2, [5])
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ten_stops_at_any_step(stage, num_ranks, accumulation, text, whole, tmp_path):
+    micro_batch_size = 8 // num_ranks // accumulation
+    stops = random.Random(stage * 100 + num_ranks * 10 + accumulation).sample(range(1, STEPS), 10)
+    reference = whole(stage, num_ranks, micro_batch_size)
+    stop_and_go_on(text, tmp_path / "run", reference, stage, num_ranks, micro_batch_size, stops)
+    print(f"\nexact resume, ZeRO {stage}, {num_ranks} ranks, accumulation {accumulation}: 10/10 stops")
+
+
+def kill_while_writing(text, run_dir: Path, counts: list[int], victims: list[int]) -> int:
+    """One start and one kill -9 for each count of writes; returns the kills inside of a save."""
+    step = inside = 0
+    for count, victim in zip(counts, victims, strict=True):
+        faults = {rank: [("impatient",)] for rank in range(2)}
+        faults[victim].append(("kill_at_write", count))
+        ranks = train(text, run_dir, *SHAPE, num_ranks=2, faults=faults)
+        codes = ranks.wait(60)
+        assert codes[victim] == -signal.SIGKILL, codes
+        assert codes[1 - victim] == 1, f"the other rank did not end: {codes} {ranks.stderr(1 - victim)}"
+        step = assert_resumable(run_dir, step)
+        inside += any((run_dir / "checkpoints").glob(".step_*.tmp"))
+    return inside
+
+
+def test_kills_inside_saves_lose_nothing(text, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    inside = kill_while_writing(text, run_dir, [23, 41, 30], [0, 0, 1])
+    assert inside >= 1
+    assert train(text, run_dir, *SHAPE, num_ranks=2).wait(120) == [0, 0]
+    assert_same_run(run_dir, whole(1, 2, 2))
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("seed", range(5))
+def test_fifty_kills(seed, text, whole, tmp_path):
+    """Six before a random write; at random times two of all ranks and two of one, with slow saves."""
+    numbers, run_dir = random.Random(seed), tmp_path / "run"
+    inside = kill_while_writing(
+        text, run_dir, [numbers.randint(8, 60) for _ in range(6)], [numbers.randint(0, 1) for _ in range(6)]
+    )
+    step = assert_resumable(run_dir, 0)
+    for victims in ([0, 1], [0, 1], [0], [1]):
+        faults = {rank: [("impatient",), ("slow_saves", 0.05)] for rank in range(2)}
+        ranks = train(text, run_dir, *SHAPE, num_ranks=2, faults=faults)
+        time.sleep(0.8 + 2.5 * numbers.random())
+        for victim in victims:
+            ranks.signal(signal.SIGKILL, victim)
+        codes = ranks.wait(60)
+        assert None not in codes, "a rank is left behind"
+        step = assert_resumable(run_dir, step)
+        inside += any((run_dir / "checkpoints").glob(".step_*.tmp"))
+    result = train(text, run_dir, *SHAPE, num_ranks=2)
+    assert result.wait(120) == [0, 0], result.stderr()
+    assert_same_run(run_dir, whole(1, 2, 2))
+    print(f"\nkill -9, seed {seed}: 10/10 resumed, {inside} of them inside a save; curve bit-identical")
+
+
+DAMAGES = ("bit flipped", "truncated", "zeroed page", "missing", "swapped")
+
+
+def damage(folder: Path, kind: str, numbers: random.Random) -> Path:
+    """Damage a file of a checkpoint; returns the file that must be named."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    path = numbers.choice(files)
+    content = bytearray(path.read_bytes())
+    if kind == "bit flipped":
+        content[numbers.randrange(len(content))] ^= 1 << numbers.randrange(8)
+        path.write_bytes(content)
+    elif kind == "truncated":
+        path.write_bytes(content[: numbers.randrange(len(content))])
+    elif kind == "missing":
+        path.unlink()
+    else:
+        first, second = sorted(folder.glob("rank*.safetensors"))
+        path = first
+        content = bytearray(first.read_bytes())
+        if kind == "zeroed page":
+            pages = range(0, len(content) - 4096, 4096)
+            start = numbers.choice([page for page in pages if any(content[page : page + 4096])])
+            content[start : start + 4096] = bytes(4096)
+            first.write_bytes(content)
+        else:
+            first.rename(folder / "aside")
+            second.rename(first)
+            (folder / "aside").rename(second)
+    return path
+
+
+def assert_found(whole: Path, copy: Path, kind: str, numbers: random.Random) -> None:
+    shutil.copytree(whole / "checkpoints", copy)
+    newest, before_it, *_ = list_checkpoints(copy)
+    path = damage(newest, kind, numbers)
+    complaints: list[str] = []
+    assert newest_checkpoint(copy, complaints.append).folder == before_it
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(newest)
+    named = path.name if path.name != "manifest.sha256" else "manifest"
+    assert str(newest) in complaints[0]
+    assert named in str(caught.value), (kind, path)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_found_and_the_last_valid_checkpoint_taken(kind, whole, tmp_path):
+    for seed in range(5):
+        assert_found(whole(1, 2, 2), tmp_path / str(seed), kind, random.Random(seed))
+
+
+@pytest.mark.torture
+def test_every_damage(whole, tmp_path):
+    for seed in range(40):
+        for kind in DAMAGES:
+            assert_found(whole(1, 2, 2), tmp_path / f"{kind}{seed}", kind, random.Random(seed))
+    print("\ndamaged checkpoints: 200/200 found and named, the one before taken")
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_valid_ones(text, tmp_path):
+    run_dir = tmp_path / "run"
+    assert train(text, run_dir, "max_steps=4", "schedule.total_steps=9").wait() == [0]
+    for step in (3, 4):
+        damage(run_dir / f"checkpoints/step_{step:08d}", "missing", random.Random(0))
+    more = ("max_steps=9", "schedule.total_steps=9", "keep_checkpoints=1", "save_every=0")
+    ranks = train(text, run_dir, *more, faults={0: [("signal_after_steps", [3])]})
+    assert ranks.wait() == [75], ranks.stderr()
+    assert newest_checkpoint(run_dir / "checkpoints").step == 3
