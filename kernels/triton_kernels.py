@@ -209,7 +209,6 @@ def dk_dv_kernel(
         b_v = d_v.load([row, 0])  # [C, BV]
         b_do = d_do.load([row, 0])  # [C, BV]
         b_dst = b_ds.to(b_k.dtype)  # [BV, BK]
-        b_ds = add_rows(b_ds, b_q, b_do, tl.exp2(log2_decay * num_rows), through, scale, SPLIT)
         b_p = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_decay  # [C of q, C of k]
         b_dv = tl.dot(b_dst, tl.trans(b_k), input_precision="ieee") * (to_end[None, :] * scale)  # [BV, C]
         b_dv = tl.dot(tl.trans(b_do), b_p.to(b_do.dtype), b_dv, input_precision="ieee")
@@ -220,6 +219,7 @@ def dk_dv_kernel(
         )  # [BK, C]
         b_dk = tl.dot(tl.trans(b_q), b_dp.to(b_q.dtype), b_dk, input_precision="ieee")
         d_dk.store([row, 0], tl.trans(b_dk).to(b_k.dtype))
+        b_ds = add_rows(b_ds, b_q, b_do, tl.exp2(log2_decay * num_rows), through, scale, SPLIT)
     if grad_initial is not None and i_p == P - 1:
         tl.store(grad_initial + whole, b_ds * scale, mask)
 

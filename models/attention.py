@@ -77,7 +77,7 @@ class LRPE(nn.Module):
         return self
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        theta = self.theta
+        theta: Tensor = self.theta
         if self.theta_fp32 is not None:
             theta = theta.float() + (self.theta_fp32 - theta.float()).detach()
         return RotateLRPE.apply(x, theta, positions)
@@ -88,6 +88,8 @@ class GatedLinearAttention(nn.Module):
 
     The state of a layer is (B, H, Dk, Dv) in fp32, as `lightning_attention` takes and returns it.
     """
+
+    slopes: Tensor
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

@@ -89,6 +89,17 @@ class ModelConfig:
             )
 
     @property
+    def num_ids(self) -> int:
+        """V, which must be known by now.
+
+        Raises:
+            ValueError: `model.vocab_size` is unset and there is no tokenizer to take it from.
+        """
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is not set, and there is no tokenizer to take it from.")
+        return self.vocab_size
+
+    @property
     def head_dim(self) -> int:
         """d: features per head of v and of the output."""
         return self.hidden_size // self.num_heads
@@ -111,7 +122,7 @@ class ModelConfig:
         """Trainable parameters, a tied head counted once. Needs `vocab_size`."""
         hidden = self.hidden_size
         norm_weights = {"srmsnorm": 0, "rmsnorm": hidden, "layernorm": 2 * hidden}[self.norm]
-        total = self.vocab_size * hidden * (1 if self.tie_embeddings else 2) + norm_weights
+        total = self.num_ids * hidden * (1 if self.tie_embeddings else 2) + norm_weights
         for layer in range(self.num_layers):
             total += 3 * hidden * self.glu_size + 2 * norm_weights
             if self.uses_softmax(layer):
@@ -133,7 +144,7 @@ class ModelConfig:
             seq_len: N in tokens, which only quadratic and softmax layers depend on.
         """
         hidden, heads, head_dim = self.hidden_size, self.num_heads, self.head_dim
-        forward = 2.0 * self.vocab_size * hidden
+        forward = 2.0 * self.num_ids * hidden
         for layer in range(self.num_layers):
             forward += 2 * 3 * hidden * self.glu_size + 2 * 4 * hidden * hidden
             if self.uses_softmax(layer):

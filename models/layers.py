@@ -86,10 +86,10 @@ class Embedding(nn.Embedding):
     """Token embedding, multiplied by sqrt(D) where the model asks for it, rounded to `dtype`."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.vocab_size, config.hidden_size)
+        super().__init__(config.num_ids, config.hidden_size)
         self.scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
 
-    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
         return super().forward(tokens).to(dtype) * self.scale
 
 

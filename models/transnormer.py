@@ -42,10 +42,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.token_norm = make_norm(config)
-        if config.uses_softmax(layer):
-            self.token_mixer = SoftmaxAttention(config)
-        else:
-            self.token_mixer = GatedLinearAttention(config, layer)
+        softmax = config.uses_softmax(layer)
+        self.token_mixer = SoftmaxAttention(config) if softmax else GatedLinearAttention(config, layer)
         self.channel_norm = make_norm(config)
         self.channel_mixer = GatedLinearUnit(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -63,7 +61,7 @@ class Block(nn.Module):
         arguments = (x, positions, cu_seqlens, state, keep_state)
         if recompute == "none":
             return self._mix(*arguments)
-        contexts = {"context_fn": _keep_products} if recompute == "selective" else {}
+        contexts: dict[str, Any] = {"context_fn": _keep_products} if recompute == "selective" else {}
         return checkpoint(self._mix, *arguments, use_reentrant=False, **contexts)
 
     def _mix(self, x, positions, cu_seqlens, state, keep_state):
@@ -121,12 +119,10 @@ class TransNormer(nn.Module):
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
-        if config.vocab_size is None:
-            raise ValueError("model.vocab_size is not set, and there is no tokenizer to take it from.")
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # None: that of the weights
         self.model = Backbone(config)
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size)
+        self.lm_head = LMHead(config.hidden_size, config.num_ids)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.initialize(seed)

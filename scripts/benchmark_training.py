@@ -152,7 +152,7 @@ def random_batches(train: TrainConfig, micro_batch_size: int, accumulation_steps
     bounds = torch.arange(0, length + 1, train.seq_len, dtype=torch.int32)
     batches = []
     for _ in range(accumulation_steps):
-        tokens = torch.randint(0, train.model.vocab_size, (1, length + 1), generator=generator)
+        tokens = torch.randint(0, train.model.num_ids, (1, length + 1), generator=generator)
         batches.append(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), bounds))
     return batches
 
@@ -167,9 +167,9 @@ def bare_loop(train: TrainConfig, device: torch.device) -> Callable[[list[Batch]
 
     def step(batches: list[Batch]) -> None:
         for batch in batches:
-            cu_seqlens = batch.cu_seqlens.to(device)
+            tokens, targets, cu_seqlens = (x.to(device) for x in batch if x is not None)
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
-            loss = model(batch.tokens.to(device), batch.targets.to(device), cu_seqlens=cu_seqlens)
+            loss = model(tokens, targets, cu_seqlens=cu_seqlens)
             (loss / train.batch_tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.optim.grad_clip)
         optimizer.step()
@@ -194,7 +194,7 @@ def use_flash_linear_attention() -> None:
         decay = -slopes.expand(*q.shape[:2], -1)
         return chunk_simple_gla(q, k, v, g=decay, scale=1.0, cu_seqlens=cu_seqlens)
 
-    models.attention.lightning_attention = attention
+    models.attention.lightning_attention = attention  # type: ignore[assignment]
 
 
 def _timed(step: Callable, batches: list[Batch], device: torch.device) -> float:

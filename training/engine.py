@@ -17,6 +17,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,11 +139,11 @@ class Engine:
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
             total += loss.detach()
         grad_norm, skipped = self._update()
-        loss = self.world.sum([total.item()])[0] / num_targets
+        mean_loss = self.world.sum([total.item()])[0] / num_targets
         if not skipped:
             self.num_steps += 1
             self._refresh_frequencies()
-        return StepResult(loss, grad_norm, skipped)
+        return StepResult(mean_loss, grad_norm, skipped)
 
     def _loss(self, batch) -> Tensor:
         device = self.world.device
@@ -207,6 +208,7 @@ class Engine:
     @torch.no_grad()
     def _load_parameters(self, read: Reader) -> None:
         """Set masters to `read`'s values and the weights used in compute to the same, rounded."""
+        p: Any  # DeepSpeed adds attributes to parameters
         for name, p in self.model.named_parameters():
             located = self._locate(p)
             if located is not None and self.stage > 0:
@@ -218,7 +220,7 @@ class Engine:
                 p.ds_tensor.narrow(0, 0, numel).copy_(read(name, "param", start, numel))
         self._refresh_frequencies()
 
-    def _locate(self, p: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
+    def _locate(self, p: Any) -> tuple[Tensor, int, int, int] | None:
         """Where this rank keeps `p`: (flat fp32 tensor, offset in it, start in p, elements), or None."""
         zero = self.deepspeed.optimizer
         if self.stage == 0:
@@ -265,7 +267,7 @@ class Engine:
 def deepspeed_config(config: TrainConfig, micro_batch_size: int, accumulation_steps: int) -> dict:
     """DeepSpeed's dictionary, written from our settings: no second file, and no "auto" in it."""
     engine = config.engine
-    zero = {"stage": engine.zero_stage}
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if engine.offload_parameters:

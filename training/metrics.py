@@ -178,7 +178,7 @@ class WandbRun:
     def __init__(self, config: TrainConfig, run_id: str) -> None:
         import wandb
 
-        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        mode: Any = "online" if os.environ.get("WANDB_API_KEY") else "offline"
         self._run = wandb.init(
             project=config.wandb.project,
             name=config.wandb.name or Path(config.run_dir).name,

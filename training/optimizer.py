@@ -65,6 +65,7 @@ class ScheduleConfig:
 def lr_factor(config: ScheduleConfig, step: int) -> float:
     """Share of the peak learning rate at `step` (from 0). `config.total_steps` must be set."""
     total = config.total_steps
+    assert total is not None
     warmup = min(config.warmup_steps, total // 10)
     if step < warmup:
         return (step + 1) / warmup

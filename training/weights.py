@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -90,7 +90,7 @@ def load_model(path: Path, device: torch.device | str = "cpu", precision: str | 
         return _load_model_folder(path, device, precision)
     checkpoint = open_checkpoint(path)
     settings = load_saved_config(path / "config.yaml")
-    config = model_config_from(settings, path / "config.yaml")
+    config = replace(model_config_from(settings, path / "config.yaml"), backend="auto")  # of this machine
     model = build_model(config, checkpoint.weights(), path)
     _prepare(model, device, precision or settings["engine"]["precision"])
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
