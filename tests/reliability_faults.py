@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import os
 import random
+import resource
 import runpy
 import shutil
 import signal
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 
-from training import checkpoint, interrupt, loop, setup, watchdog
+from training import checkpoint, interrupt, loop, metrics, setup, watchdog
 from training.engine import Engine
 
 
@@ -246,6 +248,51 @@ def record_batches(folder: str) -> None:
         return step(self, *arguments)
 
     loop.Trainer._step = patched
+
+
+def _after_steps(steps: int, action: Callable[[], None]) -> None:
+    """Call `action` when so many steps have been taken; 0: at once."""
+    if steps == 0:
+        action()
+        return
+    train_step = Engine.train_step
+    left = [steps]
+
+    def patched(self, *arguments):
+        result = train_step(self, *arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            action()
+        return result
+
+    Engine.train_step = patched
+
+
+def limit_file_size(limit_bytes: int, steps: int) -> None:
+    """Let files of this process grow to a limit only, as on a full disk."""
+    _after_steps(steps, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes)))
+
+
+def no_space_for_logs(steps: int) -> None:
+    """Let metrics.jsonl, samples.jsonl and train.log take nothing more."""
+
+    def full(file, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _after_steps(steps, lambda: setattr(metrics, "_append", full))
+
+
+def fill_disk(folder: str, left_kib: int, steps: int) -> None:
+    """Leave so much space on the disk of a folder."""
+    _after_steps(steps, lambda: fill_up(folder, left_kib))
+
+
+def fill_up(folder: str, left_kib: int) -> None:
+    """Leave so much space on the disk of a folder, by a file in it."""
+    free = os.statvfs(folder)
+    descriptor = os.open(f"{folder}/filler", os.O_CREAT | os.O_WRONLY)
+    os.posix_fallocate(descriptor, 0, free.f_bavail * free.f_frsize - left_kib * 1024)
+    os.close(descriptor)
 
 
 def freeze_in(phase: str, step: int) -> None:

@@ -68,9 +68,15 @@ def stop_the_launcher(text: Path, folder: Path, phase: str, number: int) -> None
     variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables["PATH"]])
     arguments = settings(text, run_dir, *QUICK, *WITH_ALL_PHASES)
     command = ["deepspeed", "--num_accelerators", "2", "tests/reliability_faults.py", *arguments]
-    with open(folder / "stderr", "w") as log:
+    with open(folder / "stderr", "w") as log:  # SIGINT is ignored by what a shell runs in the background
         runner = subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdout=log, stderr=log, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=variables,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     wait_for(marker.exists, 120)
     family = psutil.Process(runner.pid).children(recursive=True)
