@@ -34,7 +34,7 @@ class ModelConfig:
     """
 
     name: str = "tnl-tiny"  # for tables and logs
-    vocab_size: int | None = None  # V; None until the tokenizer is known
+    vocab_size: int | None = None  # V; null takes the tokenizer's
     hidden_size: int = 256  # D
     num_layers: int = 4
     num_heads: int = 4  # H
@@ -57,8 +57,7 @@ class ModelConfig:
     init_std: float = 0.02
     dropout: float = 0.0  # on the embedding and on both residual branches
     backend: str = "auto"  # of lightning_attention
-    # What backward recomputes: nothing; selective, all but matrix products and attention; full, every block.
-    activation_checkpointing: str = "none"
+    activation_checkpointing: str = "none"  # backward recomputes; selective: all but products and attention
 
     def __post_init__(self) -> None:
         for key, allowed in CHOICES.items():

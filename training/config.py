@@ -7,6 +7,7 @@ below this module sees plain dataclasses. A wrong setting becomes a `SettingErro
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import re
 import sys
@@ -346,7 +347,8 @@ def sweep_points(arguments: list[str]) -> list[list[str]]:
 def help_text(description: str, schema: type, config_name: str | None) -> str:
     """What --help prints: the description, the settings with their defaults, and the groups."""
     config = compose(schema, [], config_name) if config_name else schema()
-    settings = yaml.safe_dump(to_dict(config), sort_keys=False).rstrip()
+    top_notes = _notes((CONFIG_DIR / f"{config_name}.yaml").read_text()) if config_name else {}
+    settings = "\n".join(_explained(config, top_notes))
     text = f"{description.strip()}\n\nSettings (key=value, nested ones as group.key=value):\n\n{settings}\n"
     if config_name:
         groups = sorted(folder for folder in CONFIG_DIR.iterdir() if folder.is_dir())
@@ -359,6 +361,27 @@ def help_text(description: str, schema: type, config_name: str | None) -> str:
         if lines:
             text += "\nGroups:\n" + "\n".join(lines) + "\n"
     return text
+
+
+def _explained(config: Any, notes: dict[str, str], indent: str = "") -> list[str]:
+    """Settings as YAML lines, each with the note that stands beside it in its dataclass or YAML file."""
+    notes = _notes(inspect.getsource(type(config))) | notes
+    lines: list[str] = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            lines += [f"{indent}{f.name}:", *_explained(value, {}, indent + "  ")]
+            continue
+        text = yaml.safe_dump({f.name: value}, sort_keys=False).rstrip().splitlines()
+        if f.name in notes:
+            text[0] = f"{text[0]:<32}  # {notes[f.name]}"
+        lines += [indent + line for line in text]
+    return lines
+
+
+def _notes(source: str) -> dict[str, str]:
+    """Name to trailing comment, of `name: … # comment` lines."""
+    return dict(re.findall(r"^ *(\w+): [^#\n]*?\S +# (.+)$", source, re.MULTILINE))
 
 
 def run_command(
