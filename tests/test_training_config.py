@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from training_helpers import run, settings, write_text
 
@@ -39,7 +40,7 @@ REFUSED = [
     ("optim.lr=-1", "optim.lr=-1.0 must be above 0"),
     ("optim.beta1=1", "optim.beta1=1.0"),
     ("schedule.min_lr_ratio=2", "between 0 and 1"),
-    ("engine.precision=fp8", "Allowed: bf16, fp32"),
+    ("engine.precision=fp8", "Allowed: auto, bf16, fp32"),
     ("engine.offload_optimizer=true", "engine.zero_stage 2 or 3"),
     ("model.num_heads=3", "not divisible by model.num_heads=3"),
     ("model.decay=fast", "Allowed: published, paper, none"),
@@ -149,9 +150,15 @@ def test_schedules(name, step, factor):
     assert lr_factor(config, step) == pytest.approx(factor, abs=1e-6)
 
 
-def test_micro_batches_divide_the_step(monkeypatch):
-    import torch
+@pytest.mark.parametrize(("has_units", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_precision_follows_the_machine(has_units, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert compose(TrainConfig, [], "train").engine.precision == precision
 
+
+def test_micro_batches_divide_the_step():
     config = TrainConfig(seq_len=1000, batch_tokens=24000)
     cpu = torch.device("cpu")
     assert resolve_micro_batch(config, 1, cpu, None) == 8  # the largest divisor of 24 in 8,192 tokens

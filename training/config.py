@@ -65,7 +65,7 @@ class EngineConfig:
     """How DeepSpeed spreads and computes a step."""
 
     zero_stage: int = 1  # what is sharded over ranks: 0 nothing, 1 optimizer, 2 + gradients, 3 + weights
-    precision: str = "bf16"  # of activations and weights in compute; masters are fp32 either way
+    precision: str = "auto"  # of compute: bf16, fp32, or auto: bf16 where this machine has units for it
     offload_optimizer: bool = False  # keep optimizer state and masters in CPU memory (stage 2, 3)
     offload_parameters: bool = False  # keep weights in CPU memory (stage 3)
     compile: str = "auto"  # torch.compile of the blocks: auto (on a GPU), true, false
@@ -75,8 +75,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise SettingError(f"engine.zero_stage={self.zero_stage}: allowed are 0, 1, 2, 3.")
+        if self.precision == "auto":
+            self.precision = native_precision()
         if self.precision not in ("bf16", "fp32"):
-            raise SettingError(f"engine.precision={self.precision!r} is unknown. Allowed: bf16, fp32.")
+            raise SettingError(f"engine.precision={self.precision!r} is unknown. Allowed: auto, bf16, fp32.")
         self.compile = str(self.compile).lower()
         if self.compile not in ("auto", "true", "false"):
             raise SettingError(f"engine.compile={self.compile!r} is unknown. Allowed: auto, true, false.")
@@ -88,6 +90,17 @@ class EngineConfig:
             raise SettingError(f"engine.timeout_minutes={self.timeout_minutes} must be above 0.")
         if not self.watchdog_seconds > 0:
             raise SettingError(f"engine.watchdog_seconds={self.watchdog_seconds} must be above 0.")
+
+
+def native_precision() -> str:
+    """bf16 on GPUs and CPUs that have units for it; fp32 elsewhere, where it would be emulated."""
+    import torch
+
+    if torch.cuda.is_available():
+        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_units else "fp32"
 
 
 @dataclass(kw_only=True, slots=True)

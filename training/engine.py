@@ -1,7 +1,7 @@
 """The only place that trains: a model under DeepSpeed ZeRO 0–3, one optimizer step a call.
 
 Precision, at every stage: fp32 master weights, moments, gradient accumulation and reduction; weights and
-activations in bf16 (`engine.precision=fp32` for all fp32). DeepSpeed's stages 1–3 keep bf16 weights beside
+activations in bf16, or in fp32 with `engine.precision=fp32`. DeepSpeed's stages 1–3 keep bf16 weights beside
 fp32 masters. Its stage 0 can't accumulate bf16 gradients in fp32, so there the weights themselves are fp32
 and every layer rounds them for its product: the same numbers, and nothing is sharded.
 
