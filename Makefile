@@ -30,7 +30,7 @@ endif
 demo: .venv/installed
 	$(LAUNCH) train.py experiment=demo run_dir=$(DEMO)
 	$(BIN)/python eval.py checkpoint=$(DEMO) seq_lens=[128,512,2048]
-	$(BIN)/python -m scripts.generate checkpoint=$(DEMO) prompt="def " max_tokens=200
+	$(BIN)/python -m scripts.generate checkpoint=$(DEMO) prompt="class Reader:" temperature=0.6 max_tokens=200
 	$(BIN)/python -m scripts.report run_dir=$(DEMO)
 
 test: .venv/installed
