@@ -22,10 +22,13 @@ DEMO := outputs/demo
 # On a GPU machine every GPU trains; elsewhere up to two CPU ranks of one thread each.
 ifeq ($(shell nvidia-smi -L 2>/dev/null),)
 RANKS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 2 ] && n=2; echo $$n)
-LAUNCH := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_accelerators $(RANKS)
-else
-LAUNCH := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed
+DEVICE := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+COUNT := --num_accelerators $(RANKS)
 endif
+# DeepSpeed builds its communication op with ninja, which lies beside it.
+LAUNCH = $(DEVICE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(COUNT) --master_port $(FREE_PORT)
+# A port that is free now, so that two jobs of this machine don't meet.
+FREE_PORT = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
 demo: .venv/installed
 	$(LAUNCH) train.py experiment=demo run_dir=$(DEMO)

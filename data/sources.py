@@ -92,9 +92,7 @@ def list_text_files(path: str, key: str) -> list[Path]:
     """Files named by a file, folder or glob; DataError where there are none of a known kind."""
     kinds = ", ".join(SUFFIXES)
     if os.path.isfile(path):
-        if not path.endswith(SUFFIXES):
-            raise DataError(f"{key}={path}: its name must end in one of {kinds}")
-        return [Path(path)]
+        return [Path(path)]  # a file named by itself is plain text unless its name says otherwise
     if os.path.isdir(path):
         found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
     else:

@@ -125,13 +125,17 @@ def test_long_compressed_text_is_read(tmp_path, monkeypatch, suffix):
     [
         (lambda folder: folder / "nothing", "no such file or folder"),
         (lambda folder: folder, "no file in it ends in one of .txt"),
-        (lambda folder: folder / "a.csv", "its name must end in one of .txt"),
     ],
 )
 def test_bad_paths_are_named(tmp_path, make, message):
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(DataError, match=f"^data.path=.*{message}"):
         read_texts(make(tmp_path))
+
+
+def test_a_file_named_by_itself_is_text_whatever_its_name(tmp_path):
+    (tmp_path / "notes.md").write_text("# text")
+    assert read_texts(tmp_path / "notes.md") == ["# text"]
 
 
 def documents_of(count, seed=0):

@@ -128,7 +128,13 @@ def start(timeout_minutes: float) -> World:
         device = torch.device("cpu")
         backend = "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    except dist.DistNetworkError as error:
+        raise SettingError(
+            f"MASTER_PORT={os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']} can't be used "
+            f"({str(error)[:60]}…). Another job may hold it: give the launcher another --master_port."
+        ) from None
     control = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
     return World(rank, size, device, control)
 

@@ -45,13 +45,19 @@ def find_gpu(name: str) -> str | None:
     return next((key for key in GPU_MEMORY_GIB if key.lower().replace(" ", "") in wanted), None)
 
 
-def layer_activation_bytes(config: ModelConfig, layer: int, element: int = 2) -> dict[str, int]:
+def layer_activation_bytes(
+    config: ModelConfig, layer: int, element: int = 2, compiled: bool = False
+) -> dict[str, int]:
     """Bytes per token that a layer's forward keeps for its backward, by term.
 
-    `element` is the size of a compute value, 2 in bf16.
+    `element` is the size of a compute value, 2 in bf16. `compiled` blocks keep a norm's input as it came
+    instead of its fp32 copy, and form the output norm again.
     """
     hidden, glu = config.hidden_size, config.glu_size
-    norm = norm_activation_bytes(config, element)
+    norm = norm_activation_bytes(config, element, compiled)
+    if config.activation_checkpointing == "selective":
+        widths = 5 if config.uses_softmax(layer) else 6 if config.gate == "none" else 7
+        return {"input, projections, attention": element * widths * hidden, "l1, l2": element * 2 * glu}
     terms = {"token norm": norm}
     if config.uses_softmax(layer):
         terms["q, k, v"] = element * 3 * hidden
@@ -62,32 +68,35 @@ def layer_activation_bytes(config: ModelConfig, layer: int, element: int = 2) ->
         terms["q, k, v, gate"] = element * hidden * (3 if config.gate == "none" else 4)
         terms["activated q, k"] = element * 2 * hidden if config.activation != "none" else 0
         terms["LRPE's q, k"] = element * 2 * features if config.uses_lrpe(layer) else 0
-        terms["output norm"] = norm
+        terms["output norm"] = element * hidden if compiled else norm
         terms["gated output"] = element * hidden if config.gate != "none" else 0
     terms["channel norm"] = norm
     terms["channel mixer"] = element * glu * (4 if config.channel_mixer == "swiglu" else 3)
     return terms
 
 
-def norm_activation_bytes(config: ModelConfig, element: int = 2) -> int:
+def norm_activation_bytes(config: ModelConfig, element: int = 2, compiled: bool = False) -> int:
     """Bytes per token that a norm keeps: its input in fp32, with a weight the scaled one too, its result."""
+    if compiled:
+        return 2 * element * config.hidden_size
     wide = 2 if config.norm == "rmsnorm" else 1
     return 4 * wide * config.hidden_size + element * config.hidden_size
 
 
-def activation_bytes_per_token(config: ModelConfig, element: int = 2) -> int:
+def activation_bytes_per_token(config: ModelConfig, element: int = 2, compiled: bool = False) -> int:
     """Bytes that one token's activations hold at the peak, when backward enters the last layer.
 
     Every layer keeps its terms, or with `activation_checkpointing=full` only its input; and the layer in
     backward holds as much again, its gradients (or its terms, recomputed).
     """
-    layers = [
-        sum(layer_activation_bytes(config, layer, element).values()) for layer in range(config.num_layers)
-    ]
-    last_norm = norm_activation_bytes(config, element)
+    whole = replace(config, activation_checkpointing="none")
+    layers = range(config.num_layers)
+    working = max(sum(layer_activation_bytes(whole, layer, element, compiled).values()) for layer in layers)
+    last_norm = norm_activation_bytes(config, element, compiled)
     if config.activation_checkpointing == "full":
-        return element * config.hidden_size * config.num_layers + 2 * max(layers) + last_norm
-    return sum(layers) + max(layers) + last_norm
+        return element * config.hidden_size * config.num_layers + 2 * working + last_norm
+    kept = sum(sum(layer_activation_bytes(config, layer, element, compiled).values()) for layer in layers)
+    return kept + working + last_norm
 
 
 def loss_bytes(config: ModelConfig, num_tokens: int, element: int = 2) -> int:
@@ -137,9 +146,10 @@ def memory_parts(config: TrainConfig, num_ranks: int, micro_batch_size: int) -> 
     """
     element = 4 if config.engine.precision == "fp32" else 2
     num_tokens = micro_batch_size * config.seq_len
+    compiled = config.engine.compile != "false" and config.engine.zero_stage < 3
     return {
         **state_parts(config, num_ranks),
-        "activations": activation_bytes_per_token(config.model, element) * num_tokens,
+        "activations": activation_bytes_per_token(config.model, element, compiled) * num_tokens,
         "loss": loss_bytes(config.model, num_tokens, element),
     }
 
