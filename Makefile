@@ -36,8 +36,9 @@ demo: .venv/installed
 	$(BIN)/python -m scripts.generate checkpoint=$(DEMO) prompt="class Reader:" temperature=0.6 max_tokens=200
 	$(BIN)/python -m scripts.report run_dir=$(DEMO)
 
+# A file of tests at a time on each of up to four cores.
 test: .venv/installed
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $$(n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$n) --dist loadfile
 
 torture: .venv/installed
 	@$(BIN)/python -m pytest -m torture -s tests/test_reliability_*.py

@@ -55,6 +55,15 @@ class SoftmaxAttention(nn.Module):
         return self.out_proj(causal_attention(q, k, v).flatten(-2)), (k, v) if keep_state else None
 
 
+def softmax_backend(device: torch.device, precision: str, packed: bool) -> str:
+    """The PyTorch kernel that serves these layers, in words."""
+    if packed and device.type == "cuda" and precision != "fp32":
+        return "varlen_attn, FlashAttention"
+    if packed:
+        return "scaled_dot_product_attention, a document at a time"
+    return "scaled_dot_product_attention, the backend of PyTorch's choice"
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, N, H, d) attends to k, v (B, S, H, d), S >= N, the last query being the last key's token."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

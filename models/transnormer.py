@@ -23,6 +23,7 @@ PREFILL_TOKENS = 4096  # a longer prompt is read in chunks of this length
 KEPT_RESULTS = (
     "aten.mm.default",
     "lightning_attention.forward.default",
+    "torch_attn._varlen_attn.default",
     "aten._scaled_dot_product_flash_attention.default",
     "aten._scaled_dot_product_cudnn_attention.default",
 )

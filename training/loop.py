@@ -26,6 +26,7 @@ from data.errors import DataError
 from data.loader import Prefetcher, TrainLoader, prefetch
 from kernels.lightning_attention import default_backend
 from models.generation import SamplingConfig, generate
+from models.llama import softmax_backend
 from training import distributed
 from training.checkpoint import NonFiniteError, remove_old, save_checkpoint
 from training.config import TrainConfig, save_config
@@ -147,8 +148,8 @@ class Trainer:
             return self._give_up(str(error))
 
     def _run(self) -> int:
-        if self.engine.compiles():  # the first step may take minutes, in which a stop saves nothing
-            self._save()
+        if self.engine.compiles() and self.config.save_every:
+            self._save()  # the first step may take minutes, in which a stop saves nothing
         if self.state.step:
             self._after_step()  # what a stop has left undone
         while self.state.step < self.config.max_steps:
@@ -378,6 +379,7 @@ class Trainer:
             SamplingConfig(seed=config.seed),
             self.world.device,
             tokenizer.eos_id,
+            num_ids=tokenizer.vocab_size,
         )
         sampled = []
         for token_id in ids:
@@ -450,7 +452,10 @@ class Trainer:
         config, world = self.config, self.world
         model = config.model
         backend = model.backend if model.backend != "auto" else default_backend(world.device)
-        attention = "softmax" if model.attention == "softmax" else f"{model.attention} (backend {backend})"
+        attention = f"{model.attention} (backend {backend})"
+        if model.attention == "softmax":
+            packed = config.data.isolate_documents
+            attention = f"softmax ({softmax_backend(world.device, config.engine.precision, packed)})"
         verb = f"resuming at step {self.state.step}" if self.state.step else "starting"
         self._say(
             f"{verb}: {model.name}, {model.num_parameters():,} parameters, vocabulary {model.vocab_size}, "
