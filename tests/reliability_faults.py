@@ -5,12 +5,14 @@ from __future__ import annotations
 import builtins
 import errno
 import json
+import multiprocessing.util
 import os
 import random
 import resource
 import runpy
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +20,18 @@ from typing import Any
 
 import torch
 
-from training import checkpoint, interrupt, loop, metrics, setup, watchdog
+from training import checkpoint, interrupt, loop, metrics, report, setup, watchdog
 from training.engine import Engine
 
 
 def skip_report() -> None:
     """Leave out the plots: they take longer than the run."""
     loop.write_report = lambda folder: None
+
+
+def real_report() -> None:
+    """Draw the plots after all."""
+    loop.write_report = report.write_report
 
 
 def before(owner: Any, name: str, action: Callable[[], None]) -> None:
@@ -307,6 +314,40 @@ def hang_in(phase: str, step: int) -> None:
     owner, name = PHASES[phase]
     taken = _count_steps()
     before(owner, name, lambda: time.sleep(1000) if taken[0] >= step else None)
+
+
+def watch(path: str, forbidden: str) -> None:
+    """Write to `path` what this process does from here on that a file must not make it do.
+
+    It is JSON: processor seconds, growth of memory in MiB, and events: commands, connections,
+    classes of a pickle, files opened below `forbidden`.
+    """
+    events: list[str] = []
+    started, memory = time.process_time(), _peak_memory_mib()
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event in ("os.system", "subprocess.Popen", "pickle.find_class", "socket.connect", "os.exec"):
+            events.append(f"{event} {arguments}")
+        elif event == "open" and isinstance(arguments[0], str | os.PathLike):
+            path, _, flags = arguments
+            real = os.path.realpath(path)
+            if flags & os.O_NOFOLLOW:  # a link itself is not opened, one in its folder's path is
+                folder, name = os.path.split(path)
+                real = os.path.join(os.path.realpath(folder), name)
+            if real.startswith(forbidden):
+                events.append(f"open {path}")
+
+    def write() -> None:
+        seconds, growth = time.process_time() - started, _peak_memory_mib() - memory
+        Path(path).write_text(json.dumps({"seconds": seconds, "mib": growth, "events": list(events)}))
+
+    sys.addaudithook(hook)
+    multiprocessing.util.Finalize(None, write, exitpriority=1)  # a forked process runs no atexit
+
+
+def _peak_memory_mib() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def apply(faults: list[tuple]) -> None:

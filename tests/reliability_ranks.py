@@ -76,12 +76,14 @@ def launch(
     arguments: list[str],
     num_ranks: int = 1,
     faults: dict[int, list[tuple]] | None = None,
+    command: str = "train.py",
     **variables: str,
 ) -> Ranks:
-    """Start the ranks of `train.py ARGUMENTS`.
+    """Start the ranks of `python COMMAND ARGUMENTS`.
 
     Args:
         folder: takes the ranks' stderr.
+        command: a script, or a module without .py.
         faults: by rank, (name of a function in reliability_faults, arguments…).
     """
     with socket.socket() as probe:
@@ -91,15 +93,9 @@ def launch(
     processes, logs = [], []
     for rank in range(num_ranks):
         log = folder / f"stderr{rank}"
-        process = _server().Process(
-            target=_run_rank,
-            args=(
-                arguments,
-                environment(rank, num_ranks, port) | variables,
-                log,
-                (faults or {}).get(rank, []),
-            ),
-        )
+        started = environment(rank, num_ranks, port) | variables
+        rank_faults = (faults or {}).get(rank, [])
+        process = _server().Process(target=_run_rank, args=(command, arguments, started, log, rank_faults))
         process.start()
         processes.append(process)
         logs.append(log)
@@ -112,7 +108,9 @@ def train(text: Path, run_dir: Path, *more: str, num_ranks: int = 1, faults=None
     return launch(run_dir.parent / "stderr", arguments, num_ranks, faults, **variables)
 
 
-def _run_rank(arguments: list[str], variables: dict[str, str], log: Path, faults: list[tuple]) -> None:
+def _run_rank(
+    command: str, arguments: list[str], variables: dict[str, str], log: Path, faults: list[tuple]
+) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     os.environ.clear()
     os.environ.update(variables)
@@ -121,6 +119,9 @@ def _run_rank(arguments: list[str], variables: dict[str, str], log: Path, faults
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     os.chdir(ROOT)
-    sys.argv = ["train.py", *arguments]
+    sys.argv = [command, *arguments]
     reliability_faults.apply(faults)
-    runpy.run_path("train.py", run_name="__main__")
+    if command.endswith(".py"):
+        runpy.run_path(command, run_name="__main__")
+    else:
+        runpy.run_module(command, run_name="__main__")

@@ -33,13 +33,13 @@ def weights_and_moments(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_same_run(run_dir: Path, whole: Path) -> None:
+def assert_same_run(run_dir: Path, whole: Path, last_step: int = STEPS) -> None:
     """The same losses and gradient norms at every step, validation losses, samples, weights and moments."""
     for key in ("loss", "grad_norm", "valid_loss"):
         values = {step: line[key] for step, line in lines(run_dir, key).items()}
         assert values == {step: line[key] for step, line in lines(whole, key).items()}, key
     assert (run_dir / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-    name = f"checkpoints/step_{STEPS:08d}"
+    name = f"checkpoints/step_{last_step:08d}"
     first, second = weights_and_moments(run_dir / name), weights_and_moments(whole / name)
     assert first.keys() == second.keys()
     for key, tensor in first.items():
@@ -102,52 +102,63 @@ def test_ten_stops_at_any_step(stage, num_ranks, accumulation, text, whole, tmp_
     print(f"\nexact resume, ZeRO {stage}, {num_ranks} ranks, accumulation {accumulation}: 10/10 stops")
 
 
-def kill_while_writing(text, run_dir: Path, counts: list[int], victims: list[int]) -> int:
-    """One start and one kill -9 for each count of writes; returns the kills inside of a save."""
-    step = inside = 0
-    for count, victim in zip(counts, victims, strict=True):
-        faults = {rank: [("impatient",)] for rank in range(2)}
-        faults[victim].append(("kill_at_write", count))
-        ranks = train(text, run_dir, *SHAPE, num_ranks=2, faults=faults)
-        codes = ranks.wait(60)
-        assert codes[victim] == -signal.SIGKILL, codes
-        assert codes[1 - victim] == 1, f"the other rank did not end: {codes} {ranks.stderr(1 - victim)}"
-        step = assert_resumable(run_dir, step)
-        inside += any((run_dir / "checkpoints").glob(".step_*.tmp"))
-    return inside
+def kill_while_writing(text, run_dir: Path, shape, victim: int, count: int) -> None:
+    """One start, and kill -9 of one rank before its `count`-th write."""
+    faults = {rank: [("impatient",)] for rank in range(2)}
+    faults[victim].append(("kill_at_write", count))
+    ranks = train(text, run_dir, *shape, num_ranks=2, faults=faults)
+    codes = ranks.wait(60)
+    assert codes[victim] == -signal.SIGKILL, codes
+    assert codes[1 - victim] == 1, f"the other rank did not end: {codes} {ranks.stderr(1 - victim)}"
+
+
+def kill_at_some_time(text, run_dir: Path, shape, victims: list[int], seconds: float) -> None:
+    """One start, and kill -9 of some ranks after a while; saves are slowed down."""
+    faults = {rank: [("impatient",), ("slow_saves", 0.05)] for rank in range(2)}
+    ranks = train(text, run_dir, *shape, num_ranks=2, faults=faults)
+    time.sleep(seconds)
+    for victim in victims:
+        ranks.signal(signal.SIGKILL, victim)
+    assert None not in ranks.wait(60), "a rank is left behind"
+
+
+def is_inside_a_save(run_dir: Path) -> bool:
+    return any((run_dir / "checkpoints").glob(".step_*.tmp"))
 
 
 def test_kills_inside_saves_lose_nothing(text, whole, tmp_path):
-    run_dir = tmp_path / "run"
-    inside = kill_while_writing(text, run_dir, [23, 41, 30], [0, 0, 1])
+    run_dir, step, inside = tmp_path / "run", 0, 0
+    for victim, count in ((0, 23), (0, 41), (1, 7)):
+        kill_while_writing(text, run_dir, SHAPE, victim, count)
+        step = assert_resumable(run_dir, step)
+        inside += is_inside_a_save(run_dir)
     assert inside >= 1
     assert train(text, run_dir, *SHAPE, num_ranks=2).wait(120) == [0, 0]
     assert_same_run(run_dir, whole(1, 2, 2))
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize("seed", range(5))
-def test_fifty_kills(seed, text, whole, tmp_path):
-    """Six before a random write; at random times two of all ranks and two of one, with slow saves."""
-    numbers, run_dir = random.Random(seed), tmp_path / "run"
-    inside = kill_while_writing(
-        text, run_dir, [numbers.randint(8, 60) for _ in range(6)], [numbers.randint(0, 1) for _ in range(6)]
-    )
-    step = assert_resumable(run_dir, 0)
-    for victims in ([0, 1], [0, 1], [0], [1]):
-        faults = {rank: [("impatient",), ("slow_saves", 0.05)] for rank in range(2)}
-        ranks = train(text, run_dir, *SHAPE, num_ranks=2, faults=faults)
-        time.sleep(0.8 + 2.5 * numbers.random())
-        for victim in victims:
-            ranks.signal(signal.SIGKILL, victim)
-        codes = ranks.wait(60)
-        assert None not in codes, "a rank is left behind"
+def test_fifty_kills(text, tmp_path):
+    """Thirty before a random write of one rank, ten of all ranks and ten of one at a random time."""
+    numbers, run_dir, step, inside = random.Random(0), tmp_path / "run", 0, 0
+    shape = (*SHAPE, "max_steps=400")
+    kills = [(victim, None) for victim in [0] * 20 + [1] * 10] + [
+        (None, victims) for victims in ([0, 1],) * 10
+    ]
+    kills += [(None, [0])] * 5 + [(None, [1])] * 5
+    numbers.shuffle(kills)
+    for victim, victims in kills:
+        if victims is None:
+            kill_while_writing(text, run_dir, shape, victim, numbers.randint(8, 80) if victim == 0 else 7)
+        else:
+            kill_at_some_time(text, run_dir, shape, victims, numbers.uniform(0.5, 3))
         step = assert_resumable(run_dir, step)
-        inside += any((run_dir / "checkpoints").glob(".step_*.tmp"))
-    result = train(text, run_dir, *SHAPE, num_ranks=2)
-    assert result.wait(120) == [0, 0], result.stderr()
-    assert_same_run(run_dir, whole(1, 2, 2))
-    print(f"\nkill -9, seed {seed}: 10/10 resumed, {inside} of them inside a save; curve bit-identical")
+        inside += is_inside_a_save(run_dir)
+    assert step < 400, "the run ended before the kills"
+    assert train(text, run_dir, *shape, num_ranks=2).wait(240) == [0, 0]
+    assert train(text, tmp_path / "whole", *shape, num_ranks=2).wait(240) == [0, 0]
+    assert_same_run(run_dir, tmp_path / "whole", 400)
+    print(f"\nkill -9: 50/50 resumed unaided, {inside} of them inside a save; curve bit-identical")
 
 
 DAMAGES = ("bit flipped", "truncated", "zeroed page", "missing", "swapped")

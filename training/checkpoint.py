@@ -268,6 +268,8 @@ def open_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     """
     try:
         manifest = _read_manifest(folder)
+        if (folder / "tokenizer").is_symlink():
+            raise CheckpointError(f"{folder / 'tokenizer'} is a link: links are not followed.")
         for name, entry in manifest["files"].items():
             _check_file(folder, name, entry["bytes"])
         checkpoint = _index(folder, manifest)
@@ -308,8 +310,6 @@ def _check_file(folder: Path, name: str, expected_bytes: int) -> None:
     if not _is_weights(name) and not SMALL_FILE.fullmatch(name):
         raise CheckpointError(f"{folder / MANIFEST} names the file {name[:80]!r}, which is none of ours.")
     path = folder / name
-    if path.parent.is_symlink():
-        raise CheckpointError(f"{path.parent} is a link: links are not followed.")
     descriptor = open_regular(path)
     size = os.fstat(descriptor).st_size
     os.close(descriptor)

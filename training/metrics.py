@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from data.files import explain_write_errors, write_atomically
 from training.config import TrainConfig, to_dict
+from training.errors import SettingError
 
 # Dense bf16 peaks in FLOP/s from the vendors' data sheets; a device that is not here has no MFU.
 PEAK_FLOPS = {
@@ -173,21 +174,35 @@ def duration(seconds: float) -> str:
 
 
 class WandbRun:
-    """Weights & Biases: the same lines as metrics.jsonl, in one run across resumes; offline without a key."""
+    """Weights & Biases: the same lines as metrics.jsonl, in one run across resumes.
+
+    WANDB_MODE says whether it is online; without it, a key in the environment does.
+
+    Raises:
+        SettingError: the service can't be reached, or refuses.
+    """
 
     def __init__(self, config: TrainConfig, run_id: str) -> None:
         import wandb
 
-        mode: Any = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-        self._run = wandb.init(
-            project=config.wandb.project,
-            name=config.wandb.name or Path(config.run_dir).name,
-            id=run_id,
-            resume="allow",
-            mode=mode,
-            dir=config.run_dir,
-            config=to_dict(config),
+        mode: Any = os.environ.get("WANDB_MODE") or (
+            "online" if os.environ.get("WANDB_API_KEY") else "offline"
         )
+        try:
+            self._run = wandb.init(
+                project=config.wandb.project,
+                name=config.wandb.name or Path(config.run_dir).name,
+                id=run_id,
+                resume="allow",
+                mode=mode,
+                dir=config.run_dir,
+                config=to_dict(config),
+            )
+        except wandb.errors.Error as error:
+            reason = str(error).splitlines()[0][:200]
+            raise SettingError(
+                f"wandb.enabled=true: {reason}. Set WANDB_MODE=offline, or wandb.enabled=false."
+            ) from None
 
     def write(self, values: dict[str, Any]) -> None:
         self._run.log(values, step=values["step"])

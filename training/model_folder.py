@@ -123,6 +123,11 @@ def open_model_folder(path: Path) -> ModelFolder:
     fields = read_json_object(path / CONFIG, JSON_LIMIT_BYTES)
     _check_fields(fields, path / CONFIG)
     files = _tensor_files(path)
+    layers = fields.get("decoder_layers")
+    if isinstance(layers, int) and layers > len(files):  # before anything is made for each layer
+        raise CheckpointError(
+            f"{path / CONFIG}: {layers} layers are more than there are tensors, {len(files)}."
+        )
     try:
         config = model_config_from_published(fields, name=path.resolve().name)
         if "gate" not in fields:

@@ -121,14 +121,10 @@ class Watchdog:
                 self._path(self._world.rank).unlink(missing_ok=True)
                 self._folder.heartbeats.rmdir()
         elif isinstance(error, StopRequested):
-            self._tell_stop(str(self._interrupt.reason))
+            self._stopped = str(self._interrupt.reason)
+            self._write()
         elif isinstance(error, RuntimeError):
             self._blame_others()
-
-    def _tell_stop(self, reason: str) -> None:
-        self._stopped = reason
-        with contextlib.suppress(OSError):
-            self._write()
 
     def _blame_others(self) -> None:
         """A collective failed: leave like a rank that was asked to stop, or name the ranks that are gone."""
@@ -160,8 +156,7 @@ class Watchdog:
         while not self._done.wait(POLL_SECONDS):
             now = time.monotonic()
             if self._peers:
-                with contextlib.suppress(OSError):  # a full disk ends the run elsewhere, with its own message
-                    self._write()
+                self._write()
             if self._training:  # should this thread stop too, because the main thread holds Python's lock
                 faulthandler.dump_traceback_later(0.9 * self._limit_seconds, exit=True)
             standing_seconds = now - self._progress_at
@@ -183,8 +178,11 @@ class Watchdog:
             "stack": _main_stack(),
         }
         temporary = self._path(self._world.rank).with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._fixed | state))
-        os.replace(temporary, self._path(self._world.rank))
+        try:
+            temporary.write_text(json.dumps(self._fixed | state))
+            os.replace(temporary, self._path(self._world.rank))
+        except OSError:  # a full disk ends the run elsewhere, with its own message
+            temporary.unlink(missing_ok=True)
 
     def _look(self) -> None:
         """Read the others' files."""

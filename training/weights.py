@@ -92,7 +92,7 @@ def load_model(path: Path, device: torch.device | str = "cpu", precision: str | 
     settings = load_saved_config(path / "config.yaml")
     config = replace(model_config_from(settings, path / "config.yaml"), backend="auto")  # of this machine
     model = build_model(config, checkpoint.weights(), path)
-    _prepare(model, device, precision or settings["engine"]["precision"])
+    _prepare(model, device, precision or _saved_precision(settings, path))
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
     return TrainedModel(
         model=model,
@@ -104,6 +104,14 @@ def load_model(path: Path, device: torch.device | str = "cpu", precision: str | 
         settings=settings,
         hash=checkpoint.hash,
     )
+
+
+def _saved_precision(settings: dict, path: Path) -> str:
+    engine = settings.get("engine")
+    precision = engine.get("precision") if isinstance(engine, dict) else None
+    if precision not in ("bf16", "fp32"):
+        raise CheckpointError(f"{path / 'config.yaml'}: engine.precision is {str(precision)[:40]!r}.")
+    return precision
 
 
 def _load_model_folder(path: Path, device: torch.device | str, precision: str | None) -> TrainedModel:
@@ -139,6 +147,11 @@ def build_model(config: ModelConfig, weights: dict[str, torch.Tensor], where: Pa
     Raises:
         CheckpointError: names keys and shapes that don't fit the settings.
     """
+    stored = sum(tensor.numel() for tensor in weights.values())
+    if config.num_layers > len(weights) or not 1 / 2 <= stored / max(config.num_parameters(), 1) <= 2:
+        raise CheckpointError(  # before a model of any size is built; check_weights is exact
+            f"{where}: its settings describe a model of another size than the {stored:,} weights in it."
+        )
     model = TransNormer(config)
     check_weights(model, {name: tuple(tensor.shape) for name, tensor in weights.items()}, where)
     with torch.no_grad():
