@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from training import checkpoint, interrupt, loop, metrics, report, setup, watchdog
+from training import checkpoint, distributed, interrupt, loop, metrics, report, setup, watchdog
 from training.engine import Engine
 
 
@@ -49,7 +49,7 @@ def impatient() -> None:
     """Short waits: tests have no minutes."""
     watchdog.POLL_SECONDS, watchdog.WAITING_SECONDS = 0.2, 1.0
     watchdog.FROZEN_SECONDS, watchdog.GONE_SECONDS = 1.5, 1.0
-    interrupt.POLL_SECONDS = 0.2
+    interrupt.POLL_SECONDS, interrupt.LEAVE_SECONDS = 0.2, 2.0
 
 
 PHASES: dict[str, tuple[Any, str]] = {
@@ -124,6 +124,16 @@ def signal_after_steps(steps: list[int], number: int = signal.SIGTERM) -> None:
         return result
 
     Engine.train_step = patched
+
+
+def never_start() -> None:
+    """kill -9 this process before it has joined the others."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def mark_joining(marker: str) -> None:
+    """Write `marker` when this process is about to join the others."""
+    before(distributed, "start", Path(marker).touch)
 
 
 def kill_at_write(count: int) -> None:

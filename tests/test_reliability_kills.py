@@ -113,9 +113,11 @@ def kill_while_writing(text, run_dir: Path, shape, victim: int, count: int) -> N
 
 
 def kill_at_some_time(text, run_dir: Path, shape, victims: list[int], seconds: float) -> None:
-    """One start, and kill -9 of some ranks after a while; saves are slowed down."""
+    """One start, and kill -9 of some ranks a while after training has begun; saves are slowed down."""
     faults = {rank: [("impatient",), ("slow_saves", 0.05)] for rank in range(2)}
     ranks = train(text, run_dir, *shape, num_ranks=2, faults=faults)
+    while not (ranks.logs[0].exists() and "ZeRO" in ranks.stderr()):
+        time.sleep(0.05)
     time.sleep(seconds)
     for victim in victims:
         ranks.signal(signal.SIGKILL, victim)
@@ -151,7 +153,7 @@ def test_fifty_kills(text, tmp_path):
         if victims is None:
             kill_while_writing(text, run_dir, shape, victim, numbers.randint(8, 80) if victim == 0 else 7)
         else:
-            kill_at_some_time(text, run_dir, shape, victims, numbers.uniform(0.5, 3))
+            kill_at_some_time(text, run_dir, shape, victims, numbers.uniform(0, 2.5))
         step = assert_resumable(run_dir, step)
         inside += is_inside_a_save(run_dir)
     assert step < 400, "the run ended before the kills"

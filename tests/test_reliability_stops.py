@@ -130,6 +130,16 @@ def test_a_stop_before_the_first_step_leaves_at_once(text, tmp_path):
     assert ranks.wait(STOP_SECONDS) == [75, 75], ranks.stderr(0) + ranks.stderr(1)
 
 
+def test_a_rank_that_waits_for_one_that_never_came_leaves_at_once(text, tmp_path):
+    """No handler of Python's runs while a group is joined. The launcher, here the test, signals the rest."""
+    marker = tmp_path / "marker"
+    faults = {0: [("impatient",), ("mark_joining", str(marker))], 1: [("never_start",)]}
+    ranks = train(text, tmp_path / "run", "max_steps=3", num_ranks=2, faults=faults)
+    wait_for(marker.exists)
+    ranks.signal(signal.SIGTERM, 0)
+    assert ranks.wait(STOP_SECONDS) == [75, -signal.SIGKILL]
+
+
 def test_what_a_stop_left_out_is_made_up_for(text, tmp_path):
     """Stopped in the evaluation of its last step, a run evaluates at its next start, and is finished."""
     marker, run_dir = tmp_path / "marker", tmp_path / "run"

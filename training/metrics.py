@@ -81,10 +81,14 @@ class MetricsFile:
 
 
 def _append(file: Any, text: str) -> None:
-    """Write all of it, unbuffered: what a full disk refused is not tried again when the file is closed."""
-    content = text.encode()
-    while content:
-        content = content[file.write(content) :]
+    """Write all of a line or none of it, unbuffered: closing the file does not try again."""
+    content, size = text.encode(), os.fstat(file.fileno()).st_size
+    try:
+        while content:
+            content = content[file.write(content) :]
+    except OSError:
+        file.truncate(size)
+        raise
 
 
 def last_step(path: Path, key: str) -> int:
