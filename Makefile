@@ -38,7 +38,8 @@ demo: .venv/installed
 
 # A file of tests at a time on each of up to four cores.
 test: .venv/installed
-	@$(BIN)/python -m pytest -n $$(n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$n) --dist loadfile
+	@$(BIN)/python -m pytest -n $$(n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$n) --dist loadfile \
+	  || { echo 'the failed tests again, alone: some have deadlines'; $(BIN)/python -m pytest --last-failed; }
 
 torture: .venv/installed
 	@$(BIN)/python -m pytest -m torture -s tests/test_reliability_*.py
