@@ -102,10 +102,18 @@ def launch(
     return Ranks(processes, logs)
 
 
-def train(text: Path, run_dir: Path, *more: str, num_ranks: int = 1, faults=None, **variables: str) -> Ranks:
-    """Start a tiny run in run_dir."""
+def train(
+    text: Path,
+    run_dir: Path,
+    *more: str,
+    num_ranks: int = 1,
+    faults=None,
+    stderr: Path | None = None,
+    **variables,
+) -> Ranks:
+    """Start a tiny run in run_dir; `stderr` is a folder for what the ranks write there."""
     arguments = settings(text, run_dir, *QUICK, *more)
-    return launch(run_dir.parent / "stderr", arguments, num_ranks, faults, **variables)
+    return launch(stderr or run_dir.parent / "stderr", arguments, num_ranks, faults, **variables)
 
 
 def _run_rank(

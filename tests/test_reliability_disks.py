@@ -116,7 +116,7 @@ def test_ten_fill_levels_while_logging(text, tmp_path):
             assert train(text, disk / "run", *more, "max_steps=2").wait() == [0]
             faults = {0: [("fill_disk", str(disk), left_kib, 1)]}
             more += ["max_steps=100000", "save_every=0"]
-            ranks = train(text, disk / "run", *more, num_ranks=2, faults=faults)
+            ranks = train(text, disk / "run", *more, num_ranks=2, faults=faults, stderr=tmp_path / "stderr")
             assert_clear_end(ranks, 2)
             assert_nothing_half_written(disk)
             assert newest_checkpoint(disk / "run/checkpoints").step == 2
