@@ -268,3 +268,16 @@ def test_a_damaged_later_checkpoint_does_not_push_out_valid_ones(text, tmp_path)
     ranks = train(text, run_dir, *more, faults={0: [("signal_after_steps", [3])]})
     assert ranks.wait() == [75], ranks.stderr()
     assert newest_checkpoint(run_dir / "checkpoints").step == 3
+
+
+def test_changed_data_is_refused_at_resume_unless_that_is_allowed(tmp_path):
+    text, run_dir = write_text(tmp_path / "text"), tmp_path / "run"
+    more = ("schedule.total_steps=3", "log_every=1")
+    assert train(text, run_dir, *more, "max_steps=2").wait() == [0]
+    (text / "000.txt").write_text("another text in the same place " * 9)
+    refused = train(text, run_dir, *more, "max_steps=3")
+    assert refused.wait() == [2]
+    assert "the data has changed since this run was started" in refused.stderr()
+    allowed = train(text, run_dir, *more, "max_steps=3", "allow_changed_data=true")
+    assert allowed.wait() == [0], allowed.stderr()
+    assert sorted(lines(run_dir)) == [1, 2, 3]
