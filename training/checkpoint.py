@@ -42,7 +42,7 @@ from data.files import (
     write_json,
 )
 from training.distributed import World
-from training.engine import KINDS, Fragment
+from training.engine import KINDS, MUON_KINDS, Fragment
 from training.errors import SettingError
 
 FORMAT = "transnormer-checkpoint-1"
@@ -96,6 +96,8 @@ class Checkpoint:
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened parameter or moment, fp32, on the CPU."""
         pieces = []
+        if (kind, name) not in self.fragments:
+            raise CheckpointError(f"{self.folder} holds no {kind} of {name}: another optimizer saved it.")
         for piece_start, piece_numel, file, key in self.fragments[kind, name]:
             first, last = max(start, piece_start), min(start + numel, piece_start + piece_numel)
             if first < last:
@@ -343,7 +345,11 @@ def _index(folder: Path, manifest: dict[str, Any]) -> Checkpoint:
                 checkpoint.fragments.setdefault((kind, name), []).append(fragment)
         except SafetensorError as error:
             raise CheckpointError(f"{folder / file} can't be read: {str(error)[:80]}.") from None
-    if checkpoint.fragments.keys() != {(kind, name) for kind in KINDS for name in shapes}:
+    kinds: dict[str, set[str]] = {}
+    for kind, name in checkpoint.fragments:
+        kinds.setdefault(name, set()).add(kind)
+    known = (set(KINDS), set(MUON_KINDS))
+    if kinds.keys() != shapes.keys() or not all(found in known for found in kinds.values()):
         raise CheckpointError(f"{folder}: its files hold other tensors than {MANIFEST} says.")
     for (kind, name), pieces in checkpoint.fragments.items():
         pieces.sort()

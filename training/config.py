@@ -164,6 +164,10 @@ class TrainConfig:
                 f"batch_tokens={self.batch_tokens} is not a multiple of seq_len={self.seq_len}. "
                 f"Try batch_tokens={lower or self.seq_len}."
             )
+        if self.optim.name == "muon" and (self.engine.offload_optimizer or self.engine.offload_parameters):
+            raise SettingError(
+                "optim=muon does not work with offloading: use an engine without it, or optim=adamw."
+            )
         if self.micro_batch_size != "auto" and (
             not isinstance(self.micro_batch_size, int) or self.micro_batch_size < 1
         ):

@@ -16,7 +16,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,10 +26,12 @@ from models.attention import LRPE
 from models.transnormer import TransNormer
 from training.config import TrainConfig
 from training.distributed import World
+from training.muon import MatrixPart, MuonAdamW, create_state, matrix_parts
 from training.optimizer import build_optimizer
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("param", *MOMENTS)
+# What a checkpoint holds of a parameter: of one that AdamW updates, and of one that Muon does.
+KINDS = ("param", "exp_avg", "exp_avg_sq")
+MUON_KINDS = ("param", "momentum")
 
 # read(name, kind, start, numel) -> flat fp32 tensor: elements of a flattened parameter or moment
 Reader = Callable[[str, str, int, int], Tensor]
@@ -42,7 +44,7 @@ class Fragment:
     Attributes:
         shape: of the whole parameter.
         start: first element of the part in the flattened parameter.
-        tensors: kind ("param", "exp_avg", "exp_avg_sq") to a flat fp32 view into the live state.
+        tensors: kind (of KINDS or MUON_KINDS) to a flat fp32 view into the live state.
     """
 
     name: str
@@ -97,7 +99,10 @@ class Engine:
         if bf16 and self.stage > 0:
             for p in model.parameters():
                 p.data = p.data.bfloat16()
-        optimizer = build_optimizer(model, config.optim)
+        optimizer = build_optimizer(model, config.optim, model.compute_dtype)
+        self.group_index = {
+            p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]
+        }
         with contextlib.redirect_stdout(io.StringIO()):  # memory reports that DeepSpeed prints regardless
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
@@ -108,6 +113,8 @@ class Engine:
         self.model: TransNormer = self.deepspeed.module
         self.optimizer = optimizer
         self.num_steps = 0  # optimizer steps that were not skipped
+        if isinstance(optimizer, MuonAdamW):
+            optimizer.parts = self._matrix_parts()
         self._load_parameters(lambda name, _, start, numel: initial[name].flatten()[start : start + numel])
         if self.compiles():
             for block in self.model.model.layers:
@@ -173,19 +180,14 @@ class Engine:
         """This rank's part of every parameter's state; at stage 0 every rank owns everything."""
         self._create_moments()
         for name, p in self.model.named_parameters():
-            located = self._locate(p)
-            if located is None:
+            flat, offset, start, numel = self._locate(p)
+            if numel == 0:
                 continue
-            flat, offset, start, numel = located
-            if self.stage == 0:
-                tensors = {"param": p.detach(), **{kind: self.optimizer.state[p][kind] for kind in MOMENTS}}
-                tensors = {kind: tensor.flatten() for kind, tensor in tensors.items()}
-            else:
-                whole = {
-                    "param": flat.detach(),
-                    **{kind: self.optimizer.state[flat][kind] for kind in MOMENTS},
-                }
-                tensors = {kind: tensor.narrow(0, offset, numel) for kind, tensor in whole.items()}
+            moments = {kind: tensor for kind, tensor in self.optimizer.state[flat].items() if kind != "step"}
+            tensors = {
+                kind: tensor.detach().flatten().narrow(0, offset, numel)
+                for kind, tensor in {"param": flat, **moments}.items()
+            }
             yield Fragment(name, tuple(getattr(p, "ds_shape", p.shape)), start, tensors)
 
     def fragments_to_save(self) -> Iterator[Fragment]:
@@ -198,30 +200,30 @@ class Engine:
         """Set weights and moments bit for bit from `read`, and the optimizer's count of steps."""
         self._load_parameters(read)
         for fragment in self.fragments():
-            for kind in MOMENTS:
-                target = fragment.tensors[kind]
-                target.copy_(read(fragment.name, kind, fragment.start, target.numel()))
+            for kind, target in fragment.tensors.items():
+                if kind != "param":
+                    target.copy_(read(fragment.name, kind, fragment.start, target.numel()))
         self.num_steps = num_steps
         for state in self.optimizer.state.values():
-            state["step"].fill_(num_steps)
+            if "step" in state:
+                state["step"].fill_(num_steps)
 
     @torch.no_grad()
     def _load_parameters(self, read: Reader) -> None:
         """Set masters to `read`'s values and the weights used in compute to the same, rounded."""
         p: Any  # DeepSpeed adds attributes to parameters
         for name, p in self.model.named_parameters():
-            located = self._locate(p)
-            if located is not None and self.stage > 0:
-                flat, offset, start, numel = located
+            flat, offset, start, numel = self._locate(p)
+            if self.stage > 0 and numel > 0:
                 flat.detach().narrow(0, offset, numel).copy_(read(name, "param", start, numel))
             if self.stage < 3:
                 p.copy_(read(name, "param", 0, p.numel()).view_as(p))
-            elif located is not None:
+            elif numel > 0:
                 p.ds_tensor.narrow(0, 0, numel).copy_(read(name, "param", start, numel))
         self._refresh_frequencies()
 
-    def _locate(self, p: Any) -> tuple[Tensor, int, int, int] | None:
-        """Where this rank keeps `p`: (flat fp32 tensor, offset in it, start in p, elements), or None."""
+    def _locate(self, p: Any) -> tuple[Tensor, int, int, int]:
+        """Where this rank keeps `p`: flat fp32 tensor, offset in it, start in p, elements (0: elsewhere)."""
         zero = self.deepspeed.optimizer
         if self.stage == 0:
             return p, 0, 0, p.numel()
@@ -229,25 +231,41 @@ class Engine:
             group, offset, _ = zero.grad_position[zero.get_param_id(p)]
             start = self.world.rank * p.ds_tensor.numel()
             numel = min(p.ds_tensor.numel(), p.ds_numel - start)
-            return (zero.fp32_partitioned_groups_flat[group], offset, start, numel) if numel > 0 else None
+            return zero.fp32_partitioned_groups_flat[group], offset, start, max(numel, 0)
+        flat = self.optimizer.param_groups[self.group_index[p]]["params"][0]
         mapping = p._hp_mapping
         if mapping is None:
-            return None
-        flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
+            return flat, 0, 0, 0
         address = mapping.get_hp_fragment_address()
         return flat, address.start, mapping.lp_fragment_address.start, address.numel
 
+    def _matrix_parts(self) -> dict[Tensor, list[MatrixPart]]:
+        """Where Muon's matrices lie in this rank's flat tensors."""
+        parts: list[tuple[Tensor, MatrixPart]] = []
+        p: Any
+        for name, p in self.model.named_parameters():
+            shape = getattr(p, "ds_shape", p.shape)
+            if self.optimizer.param_groups[self.group_index[p]]["muon"]:
+                flat, *place = self._locate(p)
+                parts += [(flat, part) for part in matrix_parts(name, tuple(shape), *place)]
+        of_ranks = self.world.gather([part.is_whole for _, part in parts])
+        whole_somewhere = [any(flags) for flags in zip(*of_ranks, strict=True)]
+        found: dict[Tensor, list[MatrixPart]] = {}
+        for (flat, part), is_whole in zip(parts, whole_somewhere, strict=True):
+            found.setdefault(flat, []).append(replace(part, is_spread=not is_whole))
+        return found
+
     def _create_moments(self) -> None:
-        """AdamW makes its state at its first step; a save or load before that needs it too."""
+        """The optimizer makes its state at its first step; a save or load before that needs it too."""
+        groups = self.optimizer.param_groups
         if self.stage == 3:
-            flats = list(self.deepspeed.optimizer.fp32_partitioned_groups_flat)
-        else:
-            flats = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for flat in flats:
-            state = self.optimizer.state[flat]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-                state |= {kind: torch.zeros_like(flat) for kind in MOMENTS}
+            zero = self.deepspeed.optimizer
+            for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
+                create_state(self.optimizer, groups[zero.sub_group_to_group_id[index]], flat)
+            return
+        for group in groups:
+            for flat in group["params"]:
+                create_state(self.optimizer, group, flat)
 
     def _refresh_frequencies(self) -> None:
         """Give LRPE its fp32 master where the parameter itself is kept in bf16."""

@@ -12,27 +12,29 @@ import torch
 from torch import nn
 
 from training.errors import SettingError
+from training.muon import MuonAdamW, is_block_matrix
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019); one learning rate for all parameters."""
+    """AdamW (Loshchilov & Hutter 2019), or Muon for the matrices of the blocks; one learning rate for all."""
 
-    name: str = "adamw"
+    name: str = "adamw"  # muon: ZeRO 0 to 3, without offloading
     lr: float = 1e-3  # peak
     beta1: float = 0.9
     beta2: float = 0.95
+    momentum: float = 0.95  # Muon's
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices; norms and LRPE's frequencies have none
     grad_clip: float = 1.0  # largest global gradient norm; 0 switches clipping off
 
     def __post_init__(self) -> None:
-        if self.name != "adamw":
-            raise SettingError(f"optim.name={self.name!r} is unknown. Allowed: adamw.")
+        if self.name not in ("adamw", "muon"):
+            raise SettingError(f"optim.name={self.name!r} is unknown. Allowed: adamw, muon.")
         for key in ("lr", "eps"):
             if not getattr(self, key) > 0:
                 raise SettingError(f"optim.{key}={getattr(self, key)} must be above 0.")
-        for key in ("beta1", "beta2"):
+        for key in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise SettingError(f"optim.{key}={getattr(self, key)} must be at least 0 and below 1.")
         for key in ("weight_decay", "grad_clip"):
@@ -80,21 +82,32 @@ def lr_factor(config: ScheduleConfig, step: int) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices with weight decay; vectors and LRPE's frequencies (shape (H, 1, d)) without."""
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
+    """Weight decay on matrices (Muon's, if any, in a group of their own), none on vectors and frequencies."""
+    named = list(model.named_parameters())
+    of_blocks = {name for name, p in named if config.name == "muon" and is_block_matrix(name, p)}
+    matrices = [p for name, p in named if p.ndim == 2 and name not in of_blocks]
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0},
+        {"params": [p for name, p in named if name in of_blocks], "weight_decay": config.weight_decay},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": [p for _, p in named if p.ndim != 2], "weight_decay": 0.0},
     ]
+    for index, group in enumerate(groups):
+        group["muon"] = index == 0
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over the model's parameters; the loop sets the learning rate before every step."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """The optimizer over the model's parameters; the loop sets the learning rate before every step.
+
+    Args:
+        dtype: of Muon's matrix products.
+    """
+    groups = parameter_groups(model, config)
+    betas = (config.beta1, config.beta2)
+    if config.name == "muon":
+        momentum = config.momentum
+        return MuonAdamW(groups, lr=config.lr, momentum=momentum, betas=betas, eps=config.eps, dtype=dtype)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
