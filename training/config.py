@@ -69,6 +69,9 @@ class EngineConfig:
     offload_optimizer: bool = False  # keep optimizer state and masters in CPU memory (stage 2, 3)
     offload_parameters: bool = False  # keep weights in CPU memory (stage 3)
     compile: str = "auto"  # torch.compile of the blocks: auto (on a GPU), true, false
+    sequence_chunk: int = (
+        0  # tokens; a longer micro-batch is computed in chunks that carry the state, exactly
+    )
     timeout_minutes: float = 30.0  # a collective that takes longer ends the run
     watchdog_seconds: float = 300.0  # training in which no rank gets on for so long ends the run
 
@@ -86,6 +89,8 @@ class EngineConfig:
             raise SettingError("engine.offload_optimizer=true needs engine.zero_stage 2 or 3.")
         if self.offload_parameters and self.zero_stage != 3:
             raise SettingError("engine.offload_parameters=true needs engine.zero_stage=3.")
+        if self.sequence_chunk < 0:
+            raise SettingError(f"engine.sequence_chunk={self.sequence_chunk} must be 0 (whole) or tokens.")
         if not self.timeout_minutes > 0:
             raise SettingError(f"engine.timeout_minutes={self.timeout_minutes} must be above 0.")
         if not self.watchdog_seconds > 0:
@@ -172,6 +177,18 @@ class TrainConfig:
             not isinstance(self.micro_batch_size, int) or self.micro_batch_size < 1
         ):
             raise SettingError(f"micro_batch_size={self.micro_batch_size!r}: a number of sequences, or auto.")
+
+        self._check_sequence_chunk()
+
+    def _check_sequence_chunk(self) -> None:
+        """Chunks need layers with a state of constant size, and the same numbers when computed again."""
+        for key, allowed in (("attention", "lightning"), ("softmax_every", 0), ("dropout", 0.0)):
+            value = getattr(self.model, key)
+            if self.engine.sequence_chunk and value != allowed:
+                raise SettingError(
+                    f"engine.sequence_chunk={self.engine.sequence_chunk} does not work with "
+                    f"model.{key}={value!r}: use {allowed!r}, or engine.sequence_chunk=0."
+                )
 
     @property
     def sequences_per_step(self) -> int:

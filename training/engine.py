@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.loader import Batch
 from models.attention import LRPE
 from models.transnormer import TransNormer
 from training.config import TrainConfig
 from training.distributed import World
 from training.muon import MatrixPart, MuonAdamW, create_state, matrix_parts
 from training.optimizer import build_optimizer
+from training.sequence_chunks import backward_in_chunks, cut
 
 # What a checkpoint holds of a parameter: of one that AdamW updates, and of one that Muon does.
 KINDS = ("param", "exp_avg", "exp_avg_sq")
@@ -117,6 +119,8 @@ class Engine:
             optimizer.parts = self._matrix_parts()
         self._load_parameters(lambda name, _, start, numel: initial[name].flatten()[start : start + numel])
         if self.compiles():
+            # forms of a block: with gradients, a state, packed sequences, LRPE; or not
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
             for block in self.model.model.layers:
                 block.compile(dynamic=False)
 
@@ -141,10 +145,7 @@ class Engine:
         # DeepSpeed averages gradients over ranks; the loss is a sum over them.
         scale = self.world.size / num_targets
         for index, batch in enumerate(batches):
-            self.deepspeed.set_gradient_accumulation_boundary(index == self.accumulation_steps - 1)
-            loss = self._loss(batch)
-            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
-            total += loss.detach()
+            total += self._backward(batch, scale, is_last=index == self.accumulation_steps - 1)
         grad_norm, skipped = self._update()
         mean_loss = self.world.sum([total.item()])[0] / num_targets
         if not skipped:
@@ -152,7 +153,20 @@ class Engine:
             self._refresh_frequencies()
         return StepResult(mean_loss, grad_norm, skipped)
 
-    def _loss(self, batch) -> Tensor:
+    def _backward(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
+        """Accumulate the gradients of `scale` times the summed loss of a micro-batch. Returns the loss."""
+        chunk_tokens = self.config.engine.sequence_chunk
+        if chunk_tokens and batch.tokens.numel() > chunk_tokens:
+            chunks = cut(batch, chunk_tokens)
+            return backward_in_chunks(
+                self.deepspeed, self.model.config, chunks, scale, self.world.device, is_last
+            )
+        self.deepspeed.set_gradient_accumulation_boundary(is_last)
+        loss = self._loss(batch)
+        self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+        return loss.detach()
+
+    def _loss(self, batch: Batch) -> Tensor:
         device = self.world.device
         cu_seqlens = batch.cu_seqlens
         if cu_seqlens is not None:
