@@ -11,22 +11,15 @@ runs what is missing. Results: table.md, results.csv, plots/, and sweep.json, wh
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from training.config import run_command
-from training.errors import EXIT_PREEMPTED, SettingError
+from training.errors import SettingError
 from training.memory import GPU_MEMORY_GIB, find_gpu
-from training.metrics import duration, read_metrics
-from training.run_folder import RunFolder
-from training.sweep import FINISHED, STATUSES, Manifest, Point, SweepDefinition, expand
+from training.sweep import FINISHED, SweepDefinition, expand
+from training.sweep_command import run_sweep
 from training.sweep_forecast import forecast
-from training.sweep_report import write_results
-from training.sweep_runner import Device, Runner, free_devices, places, point_command, stop_processes
 
 LAUNCHERS = ("deepspeed", "python")
 
@@ -64,103 +57,13 @@ def main(config: SweepConfig) -> int:
     if config.dry_run:
         print(forecast(config.sweep, points, config.gpu))
         return 0
-    lock = RunFolder(folder)
-    lock.lock()
-    try:
-        manifest = Manifest(folder, config.sweep, points)
-        manifest.save()
-        missing = manifest.missing(points, config.retry)
-        stop_processes([folder.resolve() / "points" / point.name for point in missing])  # a killed sweep's
-        if missing:
-            _run(config, folder, manifest, points, missing)
-        write_results(folder, config.sweep, manifest, points)
-    finally:
-        lock.unlock()
-    statuses = [manifest.records[point.name]["status"] for point in points]
-    counts = ", ".join(f"{statuses.count(status)} {status}" for status in STATUSES if status in statuses)
-    print(f"{folder / 'table.md'}: {counts}", file=sys.stderr)
-    if any(status not in FINISHED for status in statuses):
-        print("stopped; run the same command to go on.", file=sys.stderr)
-        return EXIT_PREEMPTED
-    return 1 if "failed" in statuses else 0
-
-
-def _run(
-    config: SweepConfig, folder: Path, manifest: Manifest, points: list[Point], missing: list[Point]
-) -> None:
-    """Run the missing points, and rewrite the results whenever one ends."""
-
-    def command(point: Point, point_folder: Path, devices: Sequence[Device]):
-        return point_command(point, point_folder, config.launcher, config.sweep.num_gpus, devices)
-
-    def changed(point: Point, record: dict) -> None:
-        progress.changed(point, record)
-        if record["status"] in FINISHED:
-            write_results(folder, config.sweep, manifest, points)
-
-    groups = places(free_devices(), config.sweep.num_gpus)
-    progress = Progress(len(points), len(missing), config.sweep.steps)
-    runner = Runner(
-        folder, config.sweep, manifest, groups, command, changed, progress.tick, config.keep_checkpoints
-    )
-    try:
-        runner.run(missing)
-    finally:
-        progress.close()
-
-
-class Progress:
-    """A bar over all points on a terminal, and one line for each point that ends."""
-
-    def __init__(self, num_points: int, num_missing: int, steps: int) -> None:
-        self.num_points, self.num_done, self.steps = num_points, num_points - num_missing, steps
-        self.bar = None
-        self.shown = 0.0
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=num_points, initial=self.num_done, unit="point", dynamic_ncols=True)
-        if self.num_done:
-            self.say(f"{self.num_done} of {num_points} points are finished already")
-
-    def say(self, text: str) -> None:
-        """One line on the screen."""
-        if self.bar is not None:
-            self.bar.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def changed(self, point: Point, record: dict) -> None:
-        """Count a point that ended, and say how."""
-        if record["status"] not in FINISHED:
-            return
-        self.num_done += 1
-        if self.bar is not None:
-            self.bar.update()
-        self.say(f"[{self.num_done}/{self.num_points}] {point.name}: {outcome(record)}")
-
-    def tick(self, running: list[tuple[Point, Path]]) -> None:
-        """Show in the bar how far the running points are, every second."""
-        if self.bar is None or time.monotonic() - self.shown < 1:
-            return
-        self.shown = time.monotonic()
-        steps = [(point, read_metrics(RunFolder(folder).metrics)) for point, folder in running]
-        texts = [f"{point.name} {lines[-1]['step'] if lines else 0}/{self.steps}" for point, lines in steps]
-        self.bar.set_postfix_str(", ".join(texts))
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def outcome(record: dict) -> str:
-    """How a point ended, in one line."""
-    if record["status"] != "done":
-        return f"{record['status']} after {duration(record['seconds'])}: {record['error']}"
-    measured = record["measured"]
-    mfu = "" if measured["mfu"] is None else f", MFU {measured['mfu']:.1%}"
-    loss = measured["loss"] if measured["valid_loss"] is None else measured["valid_loss"]
-    return (
-        f"{measured['tokens_per_second']:,.0f} tokens/s{mfu}, {measured['peak_memory_gib']:.1f} GiB, "
-        f"loss {loss:.4f} ({duration(record['seconds'])})"
+    return run_sweep(
+        folder,
+        config.sweep,
+        points,
+        launcher=config.launcher,
+        retry=config.retry,
+        keep_checkpoints=config.keep_checkpoints,
     )
 
 

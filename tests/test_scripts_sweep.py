@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts.sweep import SweepConfig, outcome
+from scripts.sweep import SweepConfig
 from training.config import CONFIG_DIR, compose
 from training.errors import SettingError
 from training.sweep import Manifest, SweepDefinition, expand, measure
+from training.sweep_command import outcome
 from training.sweep_report import Grid, paper_figures, rows_of, table, write_results
 from training.sweep_runner import Device, Runner, last_lines, places, point_command, stop_processes
 
@@ -40,12 +41,16 @@ os.makedirs(os.path.join(folder, "checkpoints/step_1"), exist_ok=True)
 if kind == "hang":
     open(os.path.join(folder, "hangs"), "w")
     time.sleep(600)
+if kind == "slow":
+    time.sleep(1)  # the sweep must not take an earlier try's figures for this one's
 with open(os.path.join(folder, "metrics.jsonl"), "w") as file:
     for step in range(1, 5):
         speed = [1, 500, 1000, 3000][step - 1] * 1024 / seq_len if kind == "softmax" else 1000 + step
         line = {"step": step, "tokens": step, "loss": 5.0 - step, "grad_norm": 1.0, "lr": 0.1, "mfu": 0.25,
                 "tokens_per_second": speed, "step_ms": 10.0 * step, "peak_memory_gib": 2.0 + step}
         file.write(json.dumps(line) + "\\n")
+if kind == "saving":
+    time.sleep(600)
 """
 
 
@@ -218,6 +223,23 @@ def test_a_damaged_manifest_is_refused(tmp_path):
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(ValueError, match=r"sweep\.json is not valid JSON"):
         run(tmp_path, definition(), {})
+
+
+def test_a_point_ends_with_its_last_step_where_nobody_keeps_its_checkpoint(tmp_path):
+    sweep = definition(seq_lens=[64])
+    manifest = run(tmp_path, sweep, {"tnl-tiny": "saving"})
+    assert statuses(manifest) == ["done"]
+    assert manifest.records["tnl-tiny-seq-len-64"]["measured"]["loss"] == 1.0
+    assert marked_processes(tmp_path) == []
+
+
+def test_figures_of_an_earlier_try_are_not_taken_for_those_of_a_new_one(tmp_path):
+    sweep = definition(seq_lens=[64])
+    run(tmp_path, sweep, {})
+    manifest = run(tmp_path, sweep, {"tnl-tiny": "slow"}, retry=["done"])
+    assert statuses(manifest) == ["done"]
+    assert manifest.records["tnl-tiny-seq-len-64"]["seconds"] >= 1
+    assert starts(tmp_path) == [2]
 
 
 def test_points_run_in_parallel_on_groups_of_gpus(tmp_path):

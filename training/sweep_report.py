@@ -218,7 +218,7 @@ def _speed_table(grid: Grid) -> str:
                 ("OOM" if shown[p] is None else f"{shown[p]:,}") if p in shown else "–" for p in grid.places
             ]
             body.append([name, *cells, _flatness({p: v for p, v in shown.items() if v is not None})])
-    return _markdown([grid.axis, *heads, "max/min"], body)
+    return markdown([grid.axis, *heads, "max/min"], body)
 
 
 def _flatness(speeds: dict[Any, float]) -> str:
@@ -232,7 +232,7 @@ def _matrix(grid: Grid, key: str, form: str) -> str:
         [line.label, *(_cell(line, place, line.values(key), form) for place in grid.places)]
         for line in grid.lines
     ]
-    return _markdown([grid.axis, *heads], body)
+    return markdown([grid.axis, *heads], body)
 
 
 def _cell(line: Line, place: Any, values: dict[Any, float], form: str) -> str:
@@ -246,7 +246,8 @@ def _place_text(place: Any) -> str:
     return f"{place // 1024}K" if isinstance(place, int) and place % 1024 == 0 else str(place)
 
 
-def _markdown(heads: list[str], body: list[list[str]]) -> str:
+def markdown(heads: list[str], body: list[list[str]]) -> str:
+    """A Markdown table; the first column is aligned left, the others right."""
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *body]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

@@ -23,6 +23,7 @@ from typing import IO
 import torch
 
 from training.errors import EXIT_PREEMPTED, SettingError
+from training.metrics import last_step
 from training.run_folder import RunFolder
 from training.sweep import Manifest, Point, SweepDefinition, measure
 
@@ -111,8 +112,20 @@ def point_command(
     point: Point, folder: Path, launcher: str, num_ranks: int, devices: Sequence[Device]
 ) -> tuple[list[str], dict[str, str]]:
     """The command line of a point, and the environment variables that it needs beside the usual ones."""
-    quoted = str(folder).replace("'", "\\'")
-    train = [str(ROOT / "train.py"), *point.settings, f"run_dir='{quoted}'"]
+    train = [str(ROOT / "train.py"), *point.settings, quoted("run_dir", folder)]
+    return launch_command(train, launcher, num_ranks, devices)
+
+
+def quoted(key: str, path: Path) -> str:
+    """`key=path` as a setting, whatever is in the path."""
+    text = str(path).replace("'", "\\'")
+    return f"{key}='{text}'"
+
+
+def launch_command(
+    program: list[str], launcher: str, num_ranks: int, devices: Sequence[Device]
+) -> tuple[list[str], dict[str, str]]:
+    """How to start `program` (a script, or "--module" and a module, and arguments), and its variables."""
     environment: dict[str, str] = {}
     on_gpu = devices[0].id is not None
     if on_gpu:
@@ -123,11 +136,11 @@ def point_command(
         if "OMP_NUM_THREADS" not in os.environ:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_ranks))
     if launcher == "python":
-        return [sys.executable, *train], environment
+        return [sys.executable, *program], environment
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
     if not on_gpu:  # on GPUs the launcher takes their number from CUDA_VISIBLE_DEVICES
         command += ["--num_accelerators", str(num_ranks)]
-    return [*command, *train], environment
+    return [*command, *program], environment
 
 
 def _free_port() -> int:
@@ -189,8 +202,9 @@ class Runner:
                     self._start(waiting.pop(0), self.free.pop())
                 time.sleep(POLL_SECONDS)
                 self.tick([(job.point, self.points_folder / job.point.name) for job in self.jobs])
-                for job in [job for job in self.jobs if job.process.poll() is not None]:
-                    self._finish(job)
+                for job in list(self.jobs):
+                    if job.process.poll() is not None or self._has_all(job):
+                        self._finish(job)
             return self.stop_signal is None
         finally:
             self._stop_all()
@@ -203,6 +217,9 @@ class Runner:
     def _start(self, point: Point, devices: tuple[Device, ...]) -> None:
         folder = self.points_folder / point.name
         folder.mkdir(parents=True, exist_ok=True)
+        run = RunFolder(folder)
+        if not run.has_checkpoint():
+            run.metrics.unlink(missing_ok=True)  # of an earlier try: this one starts at its first step
         command, variables = self.command(point, folder, devices)
         log = open(folder.with_name(f"{point.name}.log"), "wb")  # noqa: SIM115 (open while the point runs)
         process = subprocess.Popen(
@@ -216,12 +233,20 @@ class Runner:
         self.jobs.append(Job(point, process, devices, log, time.monotonic()))
         self._record(point, {"status": "running", "device": device_text(devices), "commit": commit()})
 
+    def _has_all(self, job: Job) -> bool:
+        """Whether a running point has measured everything: what is left is a checkpoint that nobody keeps."""
+        key = "valid_loss" if self.sweep.evaluate else "loss"
+        metrics = RunFolder(self.points_folder / job.point.name).metrics
+        return not self.keep_checkpoints and last_step(metrics, key) >= self.sweep.steps
+
     def _finish(self, job: Job) -> None:
         """Record how a point ended, and free its devices."""
         folder = self.points_folder / job.point.name
-        stop_processes([folder])  # a launcher can end before its workers do
+        has_all = job.process.poll() is None and self._has_all(job)
+        stop_processes([folder], 0 if has_all else STOP_SECONDS)  # a launcher can end before its workers do
+        ended = job.process.wait()
+        code = 0 if has_all else ended
         job.log.close()
-        code = job.process.returncode
         tail = last_lines(folder.with_name(f"{job.point.name}.log"))
         measured = measure(folder, self.sweep)
         error = None
@@ -254,7 +279,9 @@ class Runner:
         self.changed(point, record)
 
     def _stop_all(self) -> None:
-        stop_processes([self.points_folder / job.point.name for job in self.jobs])
+        """End what still runs; with SIGKILL where its checkpoint would be of no use."""
+        patience_seconds = STOP_SECONDS if self.sweep.save_every else 0
+        stop_processes([self.points_folder / job.point.name for job in self.jobs], patience_seconds)
         for job in list(self.jobs):
             job.process.wait()
             self._finish(job)
@@ -266,16 +293,21 @@ def _ending(code: int) -> str:
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def stop_processes(folders: list[Path]) -> None:
-    """End all processes of the points with these folders: SIGTERM, and SIGKILL for those that stay."""
-    for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
+def stop_processes(folders: list[Path], patience_seconds: float = STOP_SECONDS) -> None:
+    """End all processes of the points with these folders: SIGTERM, and SIGKILL for those that stay.
+
+    Args:
+        patience_seconds: between the two; 0 for SIGKILL at once.
+    """
+    signals = [(signal.SIGTERM, patience_seconds)] if patience_seconds else []
+    for number, patience in [*signals, (signal.SIGKILL, STOP_SECONDS)]:
         deadline = time.monotonic() + patience
-        for pid in _processes_of(folders):
+        for pid in processes_of(folders):
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue
-        while _processes_of(folders):
+        while processes_of(folders):
             if time.monotonic() > deadline:
                 break
             time.sleep(POLL_SECONDS)
@@ -283,7 +315,7 @@ def stop_processes(folders: list[Path]) -> None:
             return
 
 
-def _processes_of(folders: list[Path]) -> list[int]:
+def processes_of(folders: list[Path]) -> list[int]:
     """Living processes that carry one of the folders in SWEEP_POINT; zombies have no environment."""
     marks = {f"{MARKER}={folder}".encode() for folder in folders}
     found = []

@@ -1,0 +1,101 @@
+"""Load a checkpoint at any number of ranks and ZeRO stage, and compare every bit of the state with its files.
+
+    deepspeed --module scripts.check_loading checkpoint=outputs/x zero_stage=3
+    python -m scripts.check_loading checkpoint=outputs/x/checkpoints/step_00001000
+
+Compared are the fp32 weights, both moments, and below stage 3 the weights used in compute. Exit 0 if all are
+equal, 1 if not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models.transnormer import TransNormer
+from training import distributed
+from training.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint
+from training.config import EngineConfig, TrainConfig, load_saved_config, model_config_from, run_command
+from training.distributed import World
+from training.engine import KINDS, Engine
+from training.errors import SettingError
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckLoadingConfig:
+    """What to load, and how."""
+
+    checkpoint: str = ""  # a run folder (its newest valid checkpoint) or a checkpoint
+    zero_stage: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise SettingError("checkpoint= is missing: give a run folder or a checkpoint.")
+
+
+def main(config: CheckLoadingConfig) -> int:
+    """Load, compare, and say what came out on the first rank; 0 if every bit is equal."""
+    world = distributed.start(timeout_minutes=5)
+    try:
+        checkpoint = _find(Path(config.checkpoint))
+        engine, precision = _engine(checkpoint, config.zero_stage, world)
+        engine.load(checkpoint.read, 1)
+        differing, num_values = _compare(engine, checkpoint)
+        differing = [name for names in world.gather(differing) for name in names]
+        total = int(world.sum([float(num_values)])[0])
+        expected = len(KINDS) * sum(math.prod(shape) for shape in checkpoint.shapes.values())
+        if total != expected:
+            differing.append(f"{expected - total:,} values that no rank holds")
+        if world.is_first:
+            where = f"{checkpoint.folder} on {world.size} rank(s), ZeRO {config.zero_stage}, {precision}"
+            verdict = f"differs in {', '.join(differing[:5])}" if differing else "equal bit for bit"
+            print(f"{where}: {total:,} values, {verdict}")
+        engine.close()
+        return 1 if differing else 0
+    finally:
+        distributed.stop()
+
+
+def _find(path: Path) -> Checkpoint:
+    if (path / "manifest.json").exists():
+        return open_checkpoint(path, verify=False)
+    newest = newest_checkpoint(path / "checkpoints")
+    if newest is None:
+        raise CheckpointError(f"checkpoint={path}: there is no valid checkpoint.")
+    return newest
+
+
+def _engine(checkpoint: Checkpoint, zero_stage: int, world: World) -> tuple[Engine, str]:
+    """An engine for the checkpoint's model, and its precision."""
+    path = checkpoint.folder / "config.yaml"
+    saved = load_saved_config(path)
+    engine = EngineConfig(zero_stage=zero_stage, precision=str(saved["engine"]["precision"]), compile="false")
+    config = TrainConfig(model=model_config_from(saved, path), engine=engine)
+    model = TransNormer(config.model)
+    return Engine(model, config, world, accumulation_steps=1, micro_batch_size=1), engine.precision
+
+
+def _compare(engine: Engine, checkpoint: Checkpoint) -> tuple[list[str], int]:
+    """Names of tensors on this rank that differ from the files, and how many values this rank holds alone."""
+    differing = []
+    for fragment in engine.fragments():
+        for kind, tensor in fragment.tensors.items():
+            saved = checkpoint.read(fragment.name, kind, fragment.start, tensor.numel())
+            if not torch.equal(tensor.cpu(), saved):
+                differing.append(f"{kind} of {fragment.name}")
+    if engine.stage < 3:
+        for name, p in engine.model.named_parameters():
+            saved = checkpoint.read(name, "param", 0, p.numel()).view_as(p).to(p.dtype)
+            if not torch.equal(p.detach().cpu(), saved):
+                differing.append(f"compute weights of {name}")
+    num_values = sum(
+        tensor.numel() for fragment in engine.fragments_to_save() for tensor in fragment.tensors.values()
+    )
+    return differing, num_values
+
+
+if __name__ == "__main__":
+    run_command(main, CheckLoadingConfig, __doc__)

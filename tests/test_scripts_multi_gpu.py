@@ -1,0 +1,141 @@
+"""Several GPUs against one: settings, the report of made-up runs, and a real kill on two CPU ranks."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.multi_gpu import MultiGpuConfig, _sweep, gpu_counts
+from training.errors import SettingError
+from training.kill_test import KillTest, losses
+from training.multi_gpu_report import write_report
+from training.sweep import Manifest, expand
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_numbers_of_gpus():
+    assert gpu_counts(2) == [1, 2]
+    assert gpu_counts(6) == [1, 2, 4, 6]
+    assert gpu_counts(8) == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_gpus": 1}, "num_gpus=1 must be at least 2"),
+        ({"models": []}, "models is empty"),
+        ({"parts": ["rnus"]}, "rnus is unknown. Allowed: runs, kill"),
+        ({"retry": ["all"]}, "all is unknown. Allowed: done, oom, failed"),
+        ({"steps": 20}, "kill_after=10 must be from 3 to 9"),
+        ({"engines": ["zero3"]}, r"kill_engine=zero1 must be one of engines=\['zero3'\]"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(changes, message):
+    with pytest.raises(SettingError, match=message):
+        MultiGpuConfig(**changes)
+
+
+def write_run(folder: Path, values: list[float]) -> None:
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(values, 1)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """One run on one GPU, four on two: a good one, one with other losses, a slow one, one out of memory."""
+    config = MultiGpuConfig(
+        models=["tnl-tiny"], seq_len=64, batch_tokens=256, steps=4, skip_steps=1, parts=["runs"]
+    )
+    sweeps = {count: _sweep(config, 2, count) for count in (1, 2)}
+    points = {count: expand(sweep) for count, sweep in sweeps.items()}
+    base = [4.0, 3.0, 2.0, 1.0]
+    runs = {
+        (1, "zero1"): (base, 1000),
+        (2, "zero0"): ([4.0, 3.0, 2.001, 1.0], 1500),
+        (2, "zero1"): ([4.0, 3.003, 2.0, 1.0], 1960),
+        (2, "zero2"): (base, 1880),
+    }
+    for count, sweep in sweeps.items():
+        manifest = Manifest(tmp_path / f"gpus_{count}", sweep, points[count])
+        for point in points[count]:
+            record = manifest.records[point.name]
+            found = runs.get((count, point.crossed["engine"]))
+            record["status"] = "done" if found else "oom"
+            if found:
+                write_run(tmp_path / f"gpus_{count}" / "points" / point.name, found[0])
+                record["measured"] = {"tokens_per_second": found[1], "loss": 1.0, "peak_memory_gib": 2.0}
+        (tmp_path / f"gpus_{count}").mkdir(exist_ok=True)
+        manifest.save()
+    uninterrupted = next(point for point in points[2] if point.crossed["engine"] == "zero1")
+    kill = KillTest(
+        tmp_path / "kill", uninterrupted, tmp_path / "gpus_2" / "points" / uninterrupted.name, 2, 1
+    )
+    return tmp_path, sweeps, points, kill
+
+
+def test_the_report_compares_with_one_gpu_and_marks_missed_goals(made_up):
+    folder, sweeps, points, kill = made_up
+    write_report(folder, sweeps, points, kill)
+    with open(folder / "results.csv") as file:
+        rows = {(row["num_gpus"], row["engine"]): row for row in csv.DictReader(file)}
+    assert float(rows["2", "zero0"]["max_loss_difference"]) == pytest.approx(1e-3)
+    assert float(rows["2", "zero2"]["share_of_one_gpu"]) == pytest.approx(0.94)
+    assert rows["2", "zero3"]["max_loss_difference"] == ""
+    text = (folder / "table.md").read_text()
+    table = {tuple(line.split(" | ")[1:3]): line for line in text.splitlines() if line.startswith("| tnl")}
+    assert "| 1.00e-03 | 750 | 75.0% |" in table["2", "zero0"]  # no goal for its speed
+    assert "| 3.00e-03 ✗ | 980 | 98.0% |" in table["2", "zero1"]
+    assert "| 0.00e+00 | 940 | 94.0% ✗ |" in table["2", "zero2"]
+    assert "| OOM | OOM |" in table["2", "zero3"]
+    assert "Not run yet." in text
+    assert (folder / "plot.png").stat().st_size > 10_000
+
+
+def test_the_report_says_how_the_kill_test_went(made_up):
+    folder, sweeps, points, kill = made_up
+    write_run(folder / "kill" / "run", [4.0, 3.003, 2.005, 1.0])
+    leg = {"num_gpus": 1, "from_step": 1, "to_step": 2, "loading_equal": True, "loading": "", "seconds": 1.0}
+    legs = [
+        {"num_gpus": 2, "killed_rank": 1, "exit_code": 1, "seconds_to_end": 2.5, "workers_left": 0},
+        leg,
+        leg | {"num_gpus": 2, "loading_equal": False, "loading": "differs in exp_avg of x"},
+    ]
+    (folder / "kill" / "kill.json").write_text(json.dumps({"legs": legs, "error": None}))
+    write_report(folder, sweeps, points, kill)
+    text = (folder / "table.md").read_text()
+    assert "rank 1 killed with SIGKILL after step 3; the command ended with 1 after 2.5 s" in text
+    assert "1 GPU(s), from step 1 to 2 (1.0 s): weights and moments loaded, equal bit for bit." in text
+    assert "✗ differs in exp_avg of x" in text
+    assert "steps 2 to 4 against the run never stopped: at most 5.00e-03 apart ✗." in text
+
+
+@pytest.mark.slow
+def test_a_killed_rank_on_two_cpu_ranks(tmp_path):
+    """The command itself: two ranks, one killed, resumed on one and then on two."""
+    arguments = ["num_gpus=2", "models=[tnl-tiny]", "engines=[zero1]", "seq_len=32", "batch_tokens=128"]
+    arguments += ["steps=9", "skip_steps=1", "kill_after=3", f"run_dir={tmp_path / 'out'}"]
+    arguments += [
+        'settings=["tokenizer=bytes","model.num_layers=2","model.hidden_size=32","model.num_heads=2"]'
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "scripts.multi_gpu", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stderr
+    killed, fewer, more = json.loads((tmp_path / "out" / "kill" / "kill.json").read_text())["legs"]
+    assert killed["exit_code"] != 0
+    assert killed["workers_left"] == 0
+    assert (fewer["num_gpus"], fewer["from_step"], fewer["loading_equal"]) == (1, 3, True)
+    assert (more["num_gpus"], more["from_step"], more["loading_equal"]) == (2, 6, True)
+    assert sorted(losses(tmp_path / "out" / "kill" / "run")) == list(range(1, 10))
+    assert "equal bit for bit" in (tmp_path / "out" / "table.md").read_text()
