@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from data.loader import Batch
 from models.attention import LRPE
 from models.transnormer import TransNormer
+from training.adamw_8bit import AdamW8bit
 from training.config import TrainConfig
 from training.distributed import World
 from training.muon import MatrixPart, MuonAdamW, create_state, matrix_parts
@@ -140,6 +141,8 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if isinstance(self.optimizer, AdamW8bit):
+            self.optimizer.pack()  # a save or load has left fp32 moments
         self.model.train()
         total = torch.zeros((), device=self.world.device)
         # DeepSpeed averages gradients over ranks; the loss is a sum over them.
@@ -274,11 +277,14 @@ class Engine:
         groups = self.optimizer.param_groups
         if self.stage == 3:
             zero = self.deepspeed.optimizer
-            for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
-                create_state(self.optimizer, groups[zero.sub_group_to_group_id[index]], flat)
-            return
-        for group in groups:
-            for flat in group["params"]:
+            of_group = zero.sub_group_to_group_id
+            flats = [(flat, groups[of_group[i]]) for i, flat in enumerate(zero.fp32_partitioned_groups_flat)]
+        else:
+            flats = [(flat, group) for group in groups for flat in group["params"]]
+        for flat, group in flats:
+            if isinstance(self.optimizer, AdamW8bit):
+                self.optimizer.unpack(flat)
+            else:
                 create_state(self.optimizer, group, flat)
 
     def _refresh_frequencies(self) -> None:

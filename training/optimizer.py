@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from training.adamw_8bit import AdamW8bit
 from training.errors import SettingError
 from training.muon import MuonAdamW, is_block_matrix
 
@@ -19,7 +20,7 @@ from training.muon import MuonAdamW, is_block_matrix
 class OptimConfig:
     """AdamW (Loshchilov & Hutter 2019), or Muon for the matrices of the blocks; one learning rate for all."""
 
-    name: str = "adamw"  # muon: ZeRO 0 to 3, without offloading
+    name: str = "adamw"  # adamw_8bit: moments in a quarter of the memory; muon: without offloading
     lr: float = 1e-3  # peak
     beta1: float = 0.9
     beta2: float = 0.95
@@ -29,8 +30,8 @@ class OptimConfig:
     grad_clip: float = 1.0  # largest global gradient norm; 0 switches clipping off
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "muon"):
-            raise SettingError(f"optim.name={self.name!r} is unknown. Allowed: adamw, muon.")
+        if self.name not in ("adamw", "adamw_8bit", "muon"):
+            raise SettingError(f"optim.name={self.name!r} is unknown. Allowed: adamw, adamw_8bit, muon.")
         for key in ("lr", "eps"):
             if not getattr(self, key) > 0:
                 raise SettingError(f"optim.{key}={getattr(self, key)} must be above 0.")
@@ -110,4 +111,6 @@ def build_optimizer(
     if config.name == "muon":
         momentum = config.momentum
         return MuonAdamW(groups, lr=config.lr, momentum=momentum, betas=betas, eps=config.eps, dtype=dtype)
+    if config.name == "adamw_8bit":
+        return AdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)

@@ -1,8 +1,8 @@
 """Gradients of a micro-batch whose activations don't fit: computed in chunks of its tokens, exactly.
 
 Attention carries one state of constant size from token to token, so a sequence may be cut anywhere. A first
-pass keeps only the states at the cuts. A second goes backwards over the chunks: each is computed again
-from the state it starts with, and hands that state's gradient to the chunk before it. The last is not repeated.
+pass keeps only the states at the cuts. A second goes backwards over the chunks: each is computed again from
+the state it starts with, and hands that state's gradient to the chunk before it; the last is computed once.
 Shapes: B batch, N sequence, C tokens of a chunk, S packed sequences; a layer's state is (B or S, H, Dk, Dv).
 """
 
