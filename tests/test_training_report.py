@@ -28,6 +28,8 @@ def make_folder(path) -> RunFolder:
         {"step": 3, "tokens": 192, "loss": 4.25, "grad_norm": None, "lr": 0.05, "tokens_per_second": 12.0},
         {"step": 3, "tokens": 192, "valid_loss": 4.5, "valid_perplexity": 90.0, "valid_bits_per_byte": 2.0},
     ]
+    layers = {"layer_grad_norms": [0.5, None], "layer_activation_rms": [1.0, 2.0]}
+    lines += [{"step": 3, "tokens": 192, **layers}]
     folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
     sample = {"step": 3, "prompt": "def ", "text": "x():\n```\n# not a heading"}
     folder.samples.write_text(json.dumps(sample) + "\n")
@@ -64,7 +66,7 @@ def test_full_report(tmp_path):
     assert "| step 3 | some\\|text | 64 | disjoint | bf16 | 5 | 7.0000 | – | 55.000 | – | 2.5000 |" in report
     assert "````text\ndef x():\n```\n# not a heading\n````" in report
     names = ["loss", "optimization", "throughput", "perplexity_by_length", "loss_by_position"]
-    for name in [*names, "perplexity_over_tokens"]:
+    for name in [*names, "layers", "perplexity_over_tokens"]:
         assert f"](plots/{name}.png)" in report
         assert (folder.plots / f"{name}.png").read_bytes().startswith(PNG)
 

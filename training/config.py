@@ -45,6 +45,7 @@ CHANGEABLE_ON_RESUME = (
     "eval_every",
     "save_every",
     "sample_every",
+    "layer_stats_every",
     "keep_checkpoints",
     "max_skipped_steps",
     "spike_action",
@@ -66,6 +67,7 @@ class EngineConfig:
 
     zero_stage: int = 1  # what is sharded over ranks: 0 nothing, 1 optimizer, 2 + gradients, 3 + weights
     precision: str = "auto"  # of compute: bf16, fp32, or auto: bf16 where this machine has units for it
+    fp8: bool = False  # the blocks' linear maps in 8-bit floating point while training (Ada, Hopper, later)
     offload_optimizer: bool = False  # keep optimizer state and masters in CPU memory (stage 2, 3)
     offload_parameters: bool = False  # keep weights in CPU memory (stage 3)
     compile: str = "auto"  # torch.compile of the blocks: auto (on a GPU), true, false
@@ -82,6 +84,8 @@ class EngineConfig:
             self.precision = native_precision()
         if self.precision not in ("bf16", "fp32"):
             raise SettingError(f"engine.precision={self.precision!r} is unknown. Allowed: auto, bf16, fp32.")
+        if self.fp8 and self.precision != "bf16":
+            raise SettingError(f"engine.fp8=true needs engine.precision=bf16, not {self.precision}.")
         self.compile = str(self.compile).lower()
         if self.compile not in ("auto", "true", "false"):
             raise SettingError(f"engine.compile={self.compile!r} is unknown. Allowed: auto, true, false.")
@@ -134,6 +138,7 @@ class TrainConfig:
     eval_every: int = 200
     save_every: int = 200
     sample_every: int = 200
+    layer_stats_every: int = 0
     keep_checkpoints: int = 3
     eval_tokens: int = 262144
     sample_prompt: str = "def "
@@ -154,7 +159,8 @@ class TrainConfig:
         for key in ("seq_len", "batch_tokens", "max_steps", "keep_checkpoints", "max_skipped_steps"):
             if getattr(self, key) < 1:
                 raise SettingError(f"{key}={getattr(self, key)} must be at least 1.")
-        for key in ("log_every", "eval_every", "save_every", "sample_every", "eval_tokens", "sample_tokens"):
+        intervals = ("log_every", "eval_every", "save_every", "sample_every", "layer_stats_every")
+        for key in (*intervals, "eval_tokens", "sample_tokens"):
             if getattr(self, key) < 0:
                 raise SettingError(f"{key}={getattr(self, key)} must be 0 (off) or more.")
         if self.resume not in ("auto", "never", "must"):

@@ -14,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from data.loader import Batch
 from models.attention import LRPE
+from models.fp8 import use_fp8
 from models.transnormer import TransNormer
 from training.adamw_8bit import AdamW8bit
 from training.config import TrainConfig
@@ -64,11 +66,13 @@ class StepResult:
         loss: mean over the step's scored tokens on all ranks, nats.
         grad_norm: global L2 norm before clipping; inf or nan if the step was skipped.
         skipped: the gradient was not finite, so weights and moments are as before.
+        layers: what was asked to be measured of each layer, by name.
     """
 
     loss: float
     grad_norm: float
     skipped: bool
+    layers: dict[str, list[float]]
 
 
 class Engine:
@@ -98,6 +102,8 @@ class Engine:
         bf16 = config.engine.precision == "bf16"
         model.compute_dtype = torch.bfloat16 if bf16 else torch.float32
         model.to(world.device)
+        if config.engine.fp8:
+            use_fp8(model, world.device)
         initial = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
         if bf16 and self.stage > 0:
             for p in model.parameters():
@@ -131,14 +137,18 @@ class Engine:
             return self.world.device.type == "cuda" and self.stage < 3
         return self.config.engine.compile == "true"
 
-    def train_step(self, batches: Iterable, num_targets: int, lr: float) -> StepResult:
+    def train_step(
+        self, batches: list, num_targets: int, lr: float, measure_layers: bool = False
+    ) -> StepResult:
         """Accumulate gradients over this rank's micro-batches and update the weights.
 
         Args:
             batches: `accumulation_steps` batches with tokens, targets and cu_seqlens.
             num_targets: scored tokens of the whole step over all ranks: the one divisor of the loss.
             lr: learning rate of this step.
+            measure_layers: also give each layer's gradient norm and the scale of its output.
         """
+        layers = {"layer_activation_rms": self._activation_rms(batches[0])} if measure_layers else {}
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if isinstance(self.optimizer, AdamW8bit):
@@ -149,12 +159,14 @@ class Engine:
         scale = self.world.size / num_targets
         for index, batch in enumerate(batches):
             total += self._backward(batch, scale, is_last=index == self.accumulation_steps - 1)
+        if measure_layers:
+            layers["layer_grad_norms"] = self._layer_grad_norms()
         grad_norm, skipped = self._update()
         mean_loss = self.world.sum([total.item()])[0] / num_targets
         if not skipped:
             self.num_steps += 1
             self._refresh_frequencies()
-        return StepResult(mean_loss, grad_norm, skipped)
+        return StepResult(mean_loss, grad_norm, skipped, layers)
 
     def _backward(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
         """Accumulate the gradients of `scale` times the summed loss of a micro-batch. Returns the loss."""
@@ -177,6 +189,31 @@ class Engine:
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
         tokens, targets = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.targets))
         return self.deepspeed(tokens, targets, cu_seqlens=cu_seqlens)
+
+    def _activation_rms(self, batch: Batch) -> list[float]:
+        """Root mean square of each layer's output (the residual stream), over the ranks' micro-batches."""
+        found: list[Tensor] = []
+        hooks = [
+            block.register_forward_hook(lambda _, __, out: found.append(out[0].float().square().mean()))
+            for block in self.model.model.layers
+        ]
+        self.model.eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled blocks pass hooks over
+            self._loss(batch)
+        for hook in hooks:
+            hook.remove()
+        means = self.world.sum(torch.stack(found).tolist())
+        return [math.sqrt(mean / self.world.size) for mean in means]
+
+    def _layer_grad_norms(self) -> list[float]:
+        """L2 norm of each layer's gradient over all ranks, between the last backward and the update."""
+        from deepspeed.utils import safe_get_full_grad
+
+        norms = []
+        for block in self.model.model.layers:
+            squares = [safe_get_full_grad(p).double().square().sum() for p in block.parameters()]
+            norms.append(math.sqrt(sum(squares).item()))
+        return norms
 
     def _update(self) -> tuple[float, bool]:
         """Take the optimizer step unless a gradient is not finite. Returns (gradient norm, skipped)."""

@@ -250,8 +250,9 @@ class Trainer:
         torch.manual_seed((config.seed * 1_000_003 + state.step) * 65_537 + self.world.rank)
         start = time.perf_counter()
         lr = config.optim.lr * lr_factor(config.schedule, state.step)
+        measure_layers = config.layer_stats_every > 0 and (state.step + 1) % config.layer_stats_every == 0
         with self._first_compilation():
-            result = self.engine.train_step(batches, num_targets, lr)
+            result = self.engine.train_step(batches, num_targets, lr, measure_layers)
         self.timed_seconds += time.perf_counter() - start
         self.timed_steps += 1
         state.step += 1
@@ -262,6 +263,8 @@ class Trainer:
             self._say(f"step {state.step}: the gradient is not finite; weights are left as they were.")
             starts = self.loader.starts(state.batch - 1).tolist()
             self._write({"step": state.step, "skipped": True, "batch_starts_at_tokens": starts})
+        if result.layers:
+            self._write({"step": state.step, "tokens": state.tokens, **result.layers})
         self.console.advance(state.step)
         return result
 

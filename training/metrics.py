@@ -58,7 +58,7 @@ class MetricsFile:
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; non-finite floats become null, since JSON has none."""
-        line = {key: None if _is_non_finite(value) else value for key, value in values.items()}
+        line = {key: _finite(value) for key, value in values.items()}
         with explain_write_errors(self.path):
             _append(self._file, json.dumps(line) + "\n")
 
@@ -110,8 +110,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _is_non_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def _finite(value: Any) -> Any:
+    """The value, with None for each float that is not finite."""
+    if isinstance(value, list):
+        return [_finite(element) for element in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Console:

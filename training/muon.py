@@ -105,16 +105,16 @@ class MuonAdamW(torch.optim.Optimizer):
         """One update of all parameters that have a gradient."""
         assert closure is None
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
+            gradients = {p: p.grad for p in group["params"] if p.grad is not None}
+            for p in gradients:
                 create_state(self, group, p)
-            (self._muon if group["muon"] else self._adamw)(params, group)
+            (self._muon if group["muon"] else self._adamw)(gradients, group)
 
-    def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self.state[p] for p in params]
+    def _adamw(self, gradients: dict[Tensor, Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[p] for p in gradients]
         adamw(
-            params,
-            [p.grad for p in params],
+            list(gradients),
+            list(gradients.values()),
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -129,12 +129,12 @@ class MuonAdamW(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _muon(self, gradients: dict[Tensor, Tensor], group: dict[str, Any]) -> None:
         updates = []
         whole: list[tuple[MatrixPart, Tensor]] = []
         spread: list[tuple[MatrixPart, Tensor]] = []
-        for p in params:
-            momentum, gradient = self.state[p]["momentum"].view(-1), p.grad.view(-1)
+        for p, gradient in gradients.items():
+            momentum, gradient = self.state[p]["momentum"].view(-1), gradient.view(-1)
             momentum.lerp_(gradient, 1 - group["momentum"])
             updates.append(gradient.lerp(momentum, group["momentum"]))
             for part in self.parts[p]:
@@ -146,7 +146,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._orthogonalize_whole(whole)
         if spread:
             self._orthogonalize_spread(spread)
-        for p, update in zip(params, updates, strict=True):
+        for p, update in zip(gradients, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.view(-1).sub_(update, alpha=group["lr"])
 

@@ -59,6 +59,25 @@ def plot_throughput(path: Path, speed: Line) -> None:
     _save(path, "Throughput", [draw])
 
 
+def plot_layers(path: Path, grad_norms: list[Line], activation_rms: list[Line]) -> None:
+    """Gradient norm and scale of the output of each layer over tokens, first to last layer."""
+    from matplotlib import colormaps
+
+    def draw(axes, lines: list[Line], label: str) -> None:
+        for index, (layer, x, y) in enumerate(lines):
+            named = layer if index in (0, len(lines) - 1) else None
+            axes.plot(x, y, color=colormaps["viridis"](index / len(lines)), label=named)
+        axes.set(xlabel="training tokens", ylabel=label, yscale="log")
+        _plain_ticks(axes.yaxis)
+        axes.legend(fontsize="small")
+
+    panels = [
+        lambda axes: draw(axes, grad_norms, "gradient norm"),
+        lambda axes: draw(axes, activation_rms, "RMS of the output"),
+    ]
+    _save(path, "Layers", panels)
+
+
 def plot_perplexity_by_length(path: Path, lines: list[Line]) -> None:
     """Perplexity over sequence length, one line per checkpoint, data and window rule."""
 

@@ -95,6 +95,10 @@ def draw_metrics(folder: RunFolder, metrics: list[dict[str, Any]]) -> list[Path]
     if rate[1] and norm[1]:
         drawn.append(folder.plots / "optimization.png")
         plots.plot_optimization(drawn[-1], rate, norm)
+    norms, scales = _layer_series(metrics, "layer_grad_norms"), _layer_series(metrics, "layer_activation_rms")
+    if norms and scales:
+        drawn.append(folder.plots / "layers.png")
+        plots.plot_layers(drawn[-1], norms, scales)
     speed = _series(metrics, "tokens_per_second")
     if speed[1]:
         drawn.append(folder.plots / "throughput.png")
@@ -105,6 +109,18 @@ def draw_metrics(folder: RunFolder, metrics: list[dict[str, Any]]) -> list[Path]
 def _series(metrics: list[dict[str, Any]], key: str, label: str = "") -> plots.Line:
     points = [(line["tokens"], line[key]) for line in metrics if line.get(key) is not None]
     return label, [tokens for tokens, _ in points], [value for _, value in points]
+
+
+def _layer_series(metrics: list[dict[str, Any]], key: str) -> list[plots.Line]:
+    """One line a layer out of lists with a value a layer."""
+    measured = [line for line in metrics if isinstance(line.get(key), list)]
+    layers = range(min((len(line[key]) for line in measured), default=0))
+    return [
+        _series(
+            [{"tokens": line["tokens"], key: line[key][layer]} for line in measured], key, f"layer {layer}"
+        )
+        for layer in layers
+    ]
 
 
 def draw_evaluations(
