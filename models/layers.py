@@ -90,7 +90,10 @@ class Embedding(nn.Embedding):
         self.scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        return super().forward(tokens).to(dtype) * self.scale
+        weight = self.weight
+        if torch.is_grad_enabled() and not weight.is_cuda:
+            weight = weight.float()  # a CPU sums the gradients of a token's places in the weight's own dtype
+        return F.embedding(tokens, weight).to(dtype) * self.scale
 
 
 class LMHead(Linear):

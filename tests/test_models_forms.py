@@ -265,3 +265,12 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(tokens), model(tokens))
     model.train()
     assert not torch.equal(model(tokens), model(tokens))
+
+
+def test_an_embedding_sums_its_gradient_in_fp32():
+    """A token that comes often: bf16 sums of 4096 gradients would be off by percents."""
+    embedding = models.layers.Embedding(make_config(scale_embedding=False)).bfloat16()
+    tokens = torch.zeros(1, 4096, dtype=torch.long)
+    gradient = torch.rand(1, 4096, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    embedding(tokens, torch.bfloat16).backward(gradient)
+    close(embedding.weight.grad[0].float(), gradient[0].double().sum(0), tolerance=4e-3)

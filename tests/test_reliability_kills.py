@@ -166,39 +166,74 @@ def test_fifty_kills(text, tmp_path):
 SOURCES = ((1, 3), (2, 1), (4, 2))  # ranks and stage that a checkpoint is saved at
 
 
+def follow(
+    text, folder: Path, source: tuple[int, int], targets, steps: int, *more: str, nudge=False
+) -> float:
+    """Resume a run of `source` (ranks, stage) from its tenth step at each of `targets`, for `steps` steps.
+
+    What is loaded must equal what was saved, bit for bit. Returns the largest difference of a loss from that
+    of the run left alone. `nudge`: every weight starts one fp32 number higher, to see what rounding does.
+    """
+    whole, first = folder / "whole" / "run", "checkpoints/step_00000010"
+    shape = (f"max_steps={10 + steps}", f"schedule.total_steps={10 + steps}", "save_every=10", *more)
+    if not whole.exists():
+        started = (*shape, "keep_checkpoints=9", f"engine=zero{source[1]}")
+        ranks = train(text, whole, *started, num_ranks=source[0])
+        assert ranks.wait(120) == [0] * source[0], ranks.stderr()
+    expected, drift = lines(whole), 0.0
+    for num_ranks, stage in targets:
+        run_dir = folder / f"{num_ranks} ranks, stage {stage}, {nudge}" / "run"
+        shutil.copytree(whole / first, run_dir / first)
+        saved = open_checkpoint(run_dir / first)
+        faults = {rank: [("record_loaded", str(run_dir.parent))] for rank in range(num_ranks)}
+        for added in faults.values():
+            added += [("nudge_weights",)] * nudge
+        ranks = train(text, run_dir, *shape, f"engine=zero{stage}", num_ranks=num_ranks, faults=faults)
+        assert ranks.wait(120) == [0] * num_ranks, ranks.stderr()
+        for rank in range(num_ranks):
+            for kind, name, start, tensor in torch.load(run_dir.parent / f"loaded{rank}.pt"):
+                assert nudge or torch.equal(tensor, saved.read(name, kind, start, tensor.numel())), name
+        losses = lines(run_dir)
+        assert sorted(losses) == list(range(11, 11 + steps))
+        drift = max(drift, *(abs(line["loss"] - expected[step]["loss"]) for step, line in losses.items()))
+    return drift
+
+
+def test_a_checkpoint_goes_on_at_other_ranks_and_stages(text, tmp_path):
+    assert follow(text, tmp_path, (2, 1), [(1, 0), (1, 3)], 10, "engine.precision=fp32") < 1e-4
+
+
 @pytest.mark.torture
-def test_every_change_of_ranks_and_stage(text, tmp_path):
-    """Loaded state equals the saved one bit for bit; the next 50 losses are those of the run left alone."""
-    worst = {"0": 0.0, "1 to 3": 0.0}
-    for source, stage in SOURCES:
-        whole = tmp_path / f"whole{source}"
-        shape = ("schedule.total_steps=60", "save_every=10", "keep_checkpoints=9")
-        ranks = train(text, whole, *shape, f"engine=zero{stage}", "max_steps=60", num_ranks=source)
-        assert ranks.wait(120) == [0] * source, ranks.stderr()
-        for num_ranks in (1, 2, 4):
-            for other in range(4):
-                run_dir = tmp_path / f"{source}-{num_ranks}-{other}" / "run"
-                copy = run_dir / "checkpoints/step_00000010"
-                shutil.copytree(whole / "checkpoints/step_00000010", copy)
-                saved = open_checkpoint(copy)
-                faults = {rank: [("record_loaded", str(run_dir.parent))] for rank in range(num_ranks)}
-                more = (*shape, f"engine=zero{other}", "max_steps=60")
-                ranks = train(text, run_dir, *more, num_ranks=num_ranks, faults=faults)
-                assert ranks.wait(120) == [0] * num_ranks, ranks.stderr()
-                for rank in range(num_ranks):
-                    for kind, name, start, tensor in torch.load(run_dir.parent / f"loaded{rank}.pt"):
-                        assert torch.equal(tensor, saved.read(name, kind, start, tensor.numel())), name
-                expected = lines(whole)
-                drift = max(
-                    abs(line["loss"] - expected[step]["loss"]) for step, line in lines(run_dir).items()
-                )
-                kind = "0" if other == 0 else "1 to 3"
-                worst[kind] = max(worst[kind], drift)
-    for kind, drift in worst.items():
-        print(
-            f"\nloaded at other ranks and stages, bit for bit: ZeRO {kind}, next 50 losses within {drift:.1e}"
-        )
-        assert drift < 5e-3
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("bf16", 2e-3)])
+def test_every_change_of_ranks_and_stage(precision, limit, text, tmp_path):
+    """At the default learning rate. What differs is rounding, which training amplifies."""
+    more = ("optim.lr=0.001", f"engine.precision={precision}")
+    drifts, nudged = dict.fromkeys(range(4), 0.0), 0.0
+    for source in SOURCES:
+        folder = tmp_path / str(source[0])
+        for stage in drifts:
+            targets = [(num_ranks, stage) for num_ranks in (1, 2, 4)]
+            drifts[stage] = max(drifts[stage], follow(text, folder, source, targets, 50, *more))
+        nudged = max(nudged, follow(text, folder, source, [source], 50, *more, nudge=True))
+    found = ", ".join(f"{drift:.1e} at ZeRO {stage}" for stage, drift in drifts.items())
+    print(
+        f"\nother ranks and stages, {precision}: 36/36 loaded bit for bit; the next 50 losses within {found};"
+    )
+    print(f"weights one fp32 number higher, at the same ranks and stage: {nudged:.1e}")
+    assert max(drifts.values()) < limit
+
+
+@pytest.mark.torture
+def test_what_bf16_rounding_does_at_three_times_the_learning_rate(text, tmp_path):
+    """Resumes elsewhere can exceed 2e-3 here, as can a change of the last bit of the fp32 weights."""
+    more = ("optim.lr=0.003", "engine.precision=bf16")
+    drift = nudged = 0.0
+    for source in ((1, 3), (2, 1)):
+        folder, targets = tmp_path / str(source[0]), [(1, 0), (1, 1), (2, 3)]
+        drift = max(drift, follow(text, folder, source, targets, 50, *more))
+        nudged = max(nudged, follow(text, folder, source, [source], 50, *more, nudge=True))
+    print(f"\nbf16, learning rate 0.003: other ranks and stages {drift:.1e}, nudged weights {nudged:.1e}")
+    assert drift < 3 * nudged
 
 
 DAMAGES = ("bit flipped", "truncated", "zeroed page", "missing", "swapped")
