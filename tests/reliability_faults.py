@@ -47,6 +47,7 @@ def before(owner: Any, name: str, action: Callable[[], None]) -> None:
 
 def impatient() -> None:
     """Short waits: tests have no minutes."""
+    distributed.JOIN_SECONDS = 6.0
     watchdog.POLL_SECONDS, watchdog.WAITING_SECONDS = 0.2, 1.0
     watchdog.FROZEN_SECONDS, watchdog.GONE_SECONDS = 1.5, 1.0
     interrupt.POLL_SECONDS, interrupt.LEAVE_SECONDS = 0.2, 2.0
@@ -129,6 +130,11 @@ def signal_after_steps(steps: list[int], number: int = signal.SIGTERM) -> None:
 def never_start() -> None:
     """kill -9 this process before it has joined the others."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_set_up() -> None:
+    """kill -9 this process, as for want of memory, before the watchdog's first look around."""
+    before(setup, "prepare", never_start)
 
 
 def mark_joining(marker: str) -> None:

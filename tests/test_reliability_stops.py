@@ -140,6 +140,27 @@ def test_a_rank_that_waits_for_one_that_never_came_leaves_at_once(text, tmp_path
     assert ranks.wait(STOP_SECONDS) == [75, -signal.SIGKILL]
 
 
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_rank_that_dies_before_it_joins_is_named_by_the_other(dead, text, tmp_path):
+    """As after an import error; no launcher notices it here. The limit is 50 s, 6 in this test."""
+    faults = {1 - dead: [("impatient",)], dead: [("never_start",)]}
+    ranks = train(text, tmp_path / "run", "max_steps=3", num_ranks=2, faults=faults)
+    codes = ranks.wait(40)
+    assert (codes[dead], codes[1 - dead]) == (-signal.SIGKILL, 1)
+    expected = "rank 1 of 2 did not come within" if dead else "rank 0 was not at MASTER_PORT="
+    assert expected in ranks.stderr(1 - dead)
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_rank_that_dies_while_it_sets_up_is_named_by_the_other(dead, text, tmp_path):
+    faults = {1 - dead: [("impatient",)], dead: [("die_in_set_up",)]}
+    ranks = train(text, tmp_path / "run", "max_steps=3", num_ranks=2, faults=faults)
+    codes = ranks.wait(40)
+    assert (codes[dead], codes[1 - dead]) == (-signal.SIGKILL, 1)
+    named = f"rank {dead} (process {ranks.processes[dead].pid}"
+    assert named in ranks.stderr(1 - dead), ranks.stderr(1 - dead)
+
+
 def test_what_a_stop_left_out_is_made_up_for(text, tmp_path):
     """Stopped in the evaluation of its last step, a run evaluates at its next start, and is finished."""
     marker, run_dir = tmp_path / "marker", tmp_path / "run"

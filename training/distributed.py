@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from training.errors import USER_ERRORS, SettingError
 
+JOIN_SECONDS = 50.0  # a rank that comes later than this after another ends the start
+JOIN_POLL_SECONDS = 0.1
+EXIT_ALONE = 1
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -109,11 +114,13 @@ class World:
         return value
 
 
-def start(timeout_minutes: float) -> World:
+def start(timeout_minutes: float, join_seconds: float | None = None) -> World:
     """Join the process group that the launcher describes, or form a group of one.
 
     Args:
         timeout_minutes: how long a collective may take before the run ends.
+        join_seconds: how long to wait for the other ranks (None: JOIN_SECONDS) before saying which are
+            missing and ending this process.
     """
     check_launcher()
     if "RANK" not in os.environ:
@@ -127,16 +134,66 @@ def start(timeout_minutes: float) -> World:
     else:
         device = torch.device("cpu")
         backend = "gloo"
+    store = _meet(rank, size, join_seconds or JOIN_SECONDS)
     timeout = timedelta(minutes=timeout_minutes)
-    try:
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
-    except dist.DistNetworkError as error:
-        raise SettingError(
-            f"MASTER_PORT={os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']} can't be used "
-            f"({str(error)[:60]}…). Another job may hold it: give the launcher another --master_port."
-        ) from None
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
     return World(rank, size, device, control)
+
+
+def _meet(rank: int, size: int, join_seconds: float) -> dist.Store:
+    """Wait until every rank has come to the store; returns it.
+
+    Raises:
+        SettingError: the port can't be used.
+        SystemExit: ranks are missing; stderr says which.
+    """
+    try:
+        store = _open_store(rank, size, join_seconds)
+    except dist.DistNetworkError as error:
+        where = f"MASTER_PORT={os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']}"
+        if rank > 0 and "timed out" in str(error):
+            _leave(f"rank 0 was not at {where} within {join_seconds:.0f} s: see what it said.")
+        raise SettingError(
+            f"{where} can't be used ({str(error)[:60]}…). "
+            "Another job may hold it: give the launcher another --master_port."
+        ) from None
+    deadline = time.monotonic() + join_seconds
+    try:
+        store.set(f"rank {rank}", "is here")
+        num_ranks = store.add("ranks", 1)
+        while num_ranks < size and time.monotonic() < deadline:
+            time.sleep(JOIN_POLL_SECONDS)
+            num_ranks = store.add("ranks", 0)
+        missing = [] if num_ranks == size else [r for r in range(size) if not store.check([f"rank {r}"])]
+    except (dist.DistNetworkError, dist.DistStoreError):
+        _leave("rank 0 has left before all ranks had come: see what it said.")
+    if missing:
+        names = ", ".join(map(str, missing))
+        _leave(f"rank {names} of {size} did not come within {join_seconds:.0f} s: see what it said.")
+    return store
+
+
+def _open_store(rank: int, size: int, join_seconds: float) -> dist.Store:
+    """The store that the first rank holds, or under torchrun its agent; keys of each restart are its own."""
+    held_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        size,
+        is_master=rank == 0 and not held_by_torchrun,
+        timeout=timedelta(seconds=join_seconds / 2),  # it tries twice
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _leave(reason: str) -> NoReturn:
+    """End this process, whose group can't be formed."""
+    print(f"stopping: {reason}", file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_ALONE)
 
 
 def stop() -> None:

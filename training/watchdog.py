@@ -93,6 +93,8 @@ class Watchdog:
         self._looked_at = 0.0
         with explain_write_errors(folder.path):
             folder.heartbeats.mkdir(exist_ok=True)
+        if self._peers:
+            self._write()  # before anything can end this process: the others know whom to look for
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
