@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+STATE_BLOCK = 64
 SEGMENT_TOKENS = 1024  # in a shorter segment, reading and writing its state weighs more than its rows
 
 
@@ -30,7 +31,9 @@ class Launch:
     value_block: int  # columns of the state that one program holds; the key dim is never split
     walk: Warps
     dk_dv: Warps | None = None  # None: dk and dv in a walk each, where one state and both outputs don't fit
+    states: Warps | None = None  # of segment states, STATE_BLOCK value columns a program; None: as the walk
     split_weights: bool = False  # add rows to the state twice, which rounds less: see add_rows
+    gluon: bool = False  # the walks of hopper_kernels.py, where they support the shape
 
 
 # Largest padded head dim -> launch, for 16-bit inputs. Registers and spills of each are in docs/kernels.md.
@@ -46,7 +49,15 @@ _ADA = {  # 99 KB of shared memory
 }
 _HOPPER = {
     64: Launch(chunk=64, value_block=64, walk=Warps(4, 3), dk_dv=Warps(4, 3)),
-    128: Launch(chunk=64, value_block=128, walk=Warps(8, 3), dk_dv=Warps(8, 3)),
+    128: Launch(
+        chunk=64,
+        value_block=128,
+        walk=Warps(8, 3),
+        dk_dv=Warps(8, 3),
+        states=Warps(4, 4),
+        split_weights=True,
+        gluon=True,
+    ),
     256: Launch(chunk=32, value_block=128, walk=Warps(8, 3)),
 }
 _BLACKWELL = {
@@ -90,7 +101,8 @@ def num_segments(num_sequences: int, num_tokens: int, num_heads: int, device: to
     if device.type != "cuda":
         return 1  # the interpreter runs one program after another
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = multiprocessors // (num_sequences * num_heads)
+    waves = multiprocessors // (num_sequences * num_heads)
+    wanted = waves * torch.sym_min(2, waves)  # two of half the length share slow heads' work on states
     longest = num_tokens // (num_sequences * SEGMENT_TOKENS)
     return torch.sym_max(1, torch.sym_min(wanted, longest))
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Warps, choose_launch, padded
+from kernels.launch import STATE_BLOCK, Warps, choose_launch, padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 RUNTIME_SIZES = ["N", "P", "H"]  # a new value never recompiles
@@ -29,6 +29,12 @@ RUNTIME_SIZES = ["N", "P", "H"]  # a new value never recompiles
 def decay_powers(log2_decay, distance):
     """λ^distance, 0 where distance is negative. Written directly: λ^-t overflows fp32 within one chunk."""
     return tl.where(distance >= 0, tl.exp2(log2_decay * tl.maximum(distance, 0).to(tl.float32)), 0.0)
+
+
+@triton.jit
+def rows_in_range(log2_decay):
+    """Rows after which λ^t is below fp32's smallest normal number, 2^-126; at most 2^30."""
+    return tl.minimum(126.0 / tl.maximum(-log2_decay, 1e-7), 1 << 30).to(tl.int32)
 
 
 @triton.jit
@@ -230,7 +236,10 @@ def segment_state_kernel(
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SPLIT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """What each segment but the last of the walk adds to the state, (S, P - 1, H, Dk, Dv)."""
+    """What each segment but the last of the walk adds to the state, (S, P - 1, H, Dk, Dv).
+
+    Chunks whose weight in it is below fp32's range are not read.
+    """
     i_seq, i_p, i_h, i_v = program_indices(P - 1, H, tl.cdiv(Dv, BV))
     i_b, begin, length = sequence_rows(cu_seqlens, i_seq, N)
     first, last = segment_chunks(P - 1 - i_p if REVERSE else i_p, length, P, C)
@@ -241,7 +250,8 @@ def segment_state_kernel(
     scale = state_scale(log2_decay, C, SPLIT)
     o_c = tl.arange(0, C)
     b_s = tl.zeros([BV, BK], dtype=tl.float32)
-    for i in range(first, last):
+    chunks_in_range = tl.cdiv(rows_in_range(log2_decay), C) + 1  # the last one may be short
+    for i in range(tl.maximum(first, last - chunks_in_range), last):
         row = (first + last - 1 - i if REVERSE else i) * C
         num_rows = tl.minimum(length - row, C)
         into_state = decay_powers(log2_decay, o_c + 1 if REVERSE else num_rows - 1 - o_c)
@@ -331,6 +341,11 @@ class _Call:
         self.slopes, self.cu_seqlens = slopes, cu_seqlens
         self.N, self.H = q.shape[1:3]
         self.launch = choose_launch(q.dtype, max(q.shape[3], v.shape[3]), q.device)
+        self.hopper = None
+        if self.launch.gluon:
+            from kernels import hopper_kernels  # only here: the module needs a Triton with Gluon
+
+            self.hopper = hopper_kernels if hopper_kernels.supports(q, v) else None
         triton.set_allocator(_allocate)  # each thread has its own, so autograd's needs it too
 
     def _blocks(self, k: Tensor, v: Tensor, value_block: int, warps: Warps) -> dict:
@@ -351,6 +366,20 @@ class _Call:
 
     def walk(self, q, k, v, o, initial_state, final_state, segment_states, reverse=False, transposed=False):
         """Writes o and, unless None, the final state."""
+        if self.hopper and not reverse:
+            self.hopper.walk(
+                q,
+                k,
+                v,
+                o,
+                self.slopes,
+                initial_state,
+                final_state,
+                segment_states,
+                self.cu_seqlens,
+                transposed,
+            )
+            return
         blocks = self._blocks(k, v, self.launch.value_block, self.launch.walk)
         walk_kernel[self._grid(self.P, blocks)](
             q, k, v, o, self.slopes, initial_state, final_state, segment_states, self.cu_seqlens,
@@ -360,6 +389,10 @@ class _Call:
 
     def dk_dv(self, q, k, v, do, dk, dv, grad_final, dinitial, segment_grads):
         """Writes dk, dv and, unless None, dinitial."""
+        if self.hopper:
+            states = grad_final, dinitial, segment_grads
+            self.hopper.dk_dv(q, k, v, do, dk, dv, self.slopes, *states, self.cu_seqlens)
+            return
         if self.launch.dk_dv is None:
             self.walk(v, do, q, dk, grad_final, None, segment_grads, reverse=True, transposed=True)
             self.walk(k, q, do, dv, grad_final, dinitial, segment_grads, reverse=True)
@@ -375,7 +408,10 @@ class _Call:
         """Writes the state after each segment but the last of the walk."""
         if self.P == 1:
             return
-        blocks = self._blocks(k, v, self.launch.value_block, self.launch.walk)
+        block, warps = self.launch.value_block, self.launch.walk
+        if self.launch.states:
+            block, warps = STATE_BLOCK, self.launch.states
+        blocks = self._blocks(k, v, block, warps)
         segment_state_kernel[self._grid(self.P - 1, blocks)](
             k, v, segment_states, self.slopes, self.cu_seqlens,
             _strides(k), _strides(v), self.N, self.P, self.H,

@@ -116,11 +116,13 @@ def test_repeats_give_the_same_bits():
 
 
 def test_a_new_shape_of_the_batch_does_not_recompile():
-    from kernels import triton_kernels
+    from kernels import hopper_kernels, triton_kernels
+
+    modules = (hopper_kernels, triton_kernels)
+    kernels = [getattr(module, name) for module in modules for name in ("walk_kernel", "dk_dv_kernel")]
 
     def compiled():
-        caches = triton_kernels.walk_kernel.device_caches.values()
-        return sum(len(cache[0]) for cache in caches)
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
     run(*make_inputs(1, 3000, 4, 128, 128, torch.bfloat16), "triton")
     before = compiled()
