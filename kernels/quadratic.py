@@ -1,7 +1,8 @@
 """Lightning Attention-1: the same operator as a tiled left product, [(Q Kᵀ) ⊙ M] V.
 
-Memory is linear in N but work is quadratic: it is the baseline that Lightning Attention-2 removes.
-Shapes: B batch, N sequence, H heads, Dk and Dv head dims of q, k and of v.
+Memory is linear in N but work is quadratic: it is the baseline that Lightning Attention-2 removes. On CUDA
+devices it runs as a Triton kernel in a registered custom op, elsewhere in PyTorch.
+Shapes: q, k (B, N, H, Dk); v, o (B, N, H, Dv); slopes (H,). B batch, N sequence, H heads.
 """
 
 from __future__ import annotations
@@ -9,60 +10,85 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TILE_TOKENS = 256
+from kernels.lightning_attention import default_backend
+from kernels.torch_quadratic import torch_quadratic_attention
+
+BACKENDS = ("auto", "triton", "torch")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quadratic_attention(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, cu_seqlens: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """o_t = Σ_{j ≤ t} exp(-s (t - j)) (q_t · k_j) v_j, without a state.
+    """o_t = Σ_{j ≤ t} exp(-s (t - j)) (q_t · k_j) v_j, without a state (TransNormerLLM, arXiv 2307.14995).
 
     Args:
-        q, k: (B, N, H, Dk).
-        v: (B, N, H, Dv).
-        slopes: (H,) fp32.
-        cu_seqlens: (num_sequences + 1,) int32 with B = 1: tokens attend within their sequence only.
+        q, k: (B, N, H, Dk), v: (B, N, H, Dv), of one dtype. For `triton` fp32, bf16 or fp16, head dims
+            multiples of 8 up to 256.
+        slopes: (H,) fp32. No gradient.
+        cu_seqlens: (S + 1,) int32 with B = 1: tokens attend within their sequence only.
+        backend: `triton` (CUDA, or Triton's interpreter), `torch`, or `auto`: triton on CUDA devices.
 
     Returns:
-        o (B, N, H, Dv) in v's dtype; products of bf16 inputs are summed in fp32 within a tile.
+        o (B, N, H, Dv) in v's dtype. Gradients reach q, k and v.
+
+    Raises:
+        ValueError: an unknown backend, or a dtype that it has no kernel for.
     """
-    if cu_seqlens is None:
-        sequence = torch.zeros(q.shape[1], dtype=torch.int64, device=q.device)
-    else:
-        tokens = torch.arange(q.shape[1], device=q.device, dtype=cu_seqlens.dtype)
-        sequence = torch.searchsorted(cu_seqlens, tokens, right=True)
-    return _TiledLeftProduct.apply(q, k, v, slopes, sequence)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}.")
+    if backend == "auto":
+        backend = default_backend(q.device)
+    if backend == "torch":
+        return torch_quadratic_attention(q, k, v, slopes, cu_seqlens)
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q has dtype {q.dtype}; allowed with backend='triton': float32, bfloat16, float16.")
+    return _forward(q, k, v, slopes, cu_seqlens)
 
 
-class _TiledLeftProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, slopes, sequence):
-        ctx.save_for_backward(q, k, v, slopes, sequence)
-        return _left_product(q, k, v, slopes, sequence, reverse=False)
+@torch.library.custom_op("lightning_attention::quadratic_forward", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    from kernels import triton_quadratic  # Triton is imported on first use only
 
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, slopes, sequence = ctx.saved_tensors
-        grad_q = _left_product(grad, v, k, slopes, sequence, reverse=False)
-        grad_k = _left_product(v, grad, q, slopes, sequence, reverse=True)
-        grad_v = _left_product(k, q, grad, slopes, sequence, reverse=True)
-        return grad_q, grad_k, grad_v, None, None
+    o = v.new_empty(v.shape)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        triton_quadratic.forward(q, k, v, slopes, cu_seqlens, o)
+    return o
 
 
-def _left_product(q, k, v, slopes, sequence, *, reverse: bool) -> Tensor:
-    """Row tiles of [(Q Kᵀ) ⊙ M] V; `reverse` looks at later tokens, Mᵀ, instead of earlier ones."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, N, D)
-    length = q.shape[2]
-    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=v.dtype, device=v.device)
-    positions = torch.arange(length, device=q.device)
-    for start in range(0, length, TILE_TOKENS):
-        rows = slice(start, min(start + TILE_TOKENS, length))
-        columns = slice(start, length) if reverse else slice(0, rows.stop)
-        distance = positions[rows, None] - positions[None, columns]
-        if reverse:
-            distance = -distance
-        visible = (distance >= 0) & (sequence[rows, None] == sequence[None, columns])
-        decay = torch.exp(-slopes[:, None, None] * distance.clamp_min(0)) * visible  # (H, rows, columns)
-        scores = (q[:, :, rows] @ k[:, :, columns].transpose(-1, -2)).float() * decay
-        out[:, :, rows] = scores.to(v.dtype) @ v[:, :, columns]
-    return out.transpose(1, 2)
+@_forward.register_fake
+def _(q, k, v, slopes, cu_seqlens):
+    return v.new_empty(v.shape)
+
+
+@torch.library.custom_op("lightning_attention::quadratic_backward", mutates_args=())
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, cu_seqlens: Tensor | None, grad_o: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from kernels import triton_quadratic
+
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    with torch.cuda.device_of(q):
+        triton_quadratic.backward(q, k, v, slopes, cu_seqlens, grad_o, dq, dk, dv)
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(q, k, v, slopes, cu_seqlens, grad_o):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_of_forward(ctx, grad_o):
+    return *_backward(*ctx.saved_tensors, grad_o), None, None
+
+
+_forward.register_autograd(_backward_of_forward, setup_context=_save_for_backward)

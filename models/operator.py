@@ -11,12 +11,15 @@ from torch import Tensor
 
 from kernels.reference import chunked, per_sequence, recurrent
 from kernels.torch_cross_entropy import torch_cross_entropy
+from kernels.torch_quadratic import torch_quadratic_attention
 
 try:
     from kernels import lightning_attention, lightning_attention_step
     from kernels.cross_entropy import cross_entropy
+    from kernels.quadratic import quadratic_attention
 except ImportError:
     cross_entropy = torch_cross_entropy
+    quadratic_attention = torch_quadratic_attention
 
     def lightning_attention(
         q: Tensor,

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE_NAME = "modeling_transnormer.py"
 MODULES = (
     "kernels/reference.py",
-    "kernels/quadratic.py",
+    "kernels/torch_quadratic.py",
     "kernels/torch_cross_entropy.py",
     "models/operator.py",
     "models/config.py",

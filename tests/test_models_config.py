@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels.quadratic
+import kernels.torch_quadratic
 import models.attention
 import models.llama
 from kernels import reference
@@ -101,7 +102,7 @@ def tiled_causal_attention(q, k, v):
 def test_flops_are_those_counted_by_torch(settings, monkeypatch):
     monkeypatch.setattr(models.attention, "lightning_attention", reference_operator)
     monkeypatch.setattr(models.llama, "causal_attention", tiled_causal_attention)
-    monkeypatch.setattr(kernels.quadratic, "TILE_TOKENS", 8)
+    monkeypatch.setattr(kernels.torch_quadratic, "TILE_TOKENS", 8)
     config = tiny(**settings)
     model = TransNormer(config)
     tokens = torch.randint(96, (1, 512))
