@@ -25,6 +25,7 @@ KEPT_RESULTS = (
     "aten._scaled_mm.default",
     "aten.amax.default",  # of fp8 operands: a number each
     "lightning_attention.forward.default",
+    "lightning_attention.quadratic_forward.default",
     "torch_attn._varlen_attn.default",
     "aten._scaled_dot_product_flash_attention.default",
     "aten._scaled_dot_product_cudnn_attention.default",
