@@ -11,7 +11,7 @@ Shapes: M micro_batch_size, L seq_len.
 import hashlib
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -40,7 +40,10 @@ class Batch(NamedTuple):
 
 
 class TrainLoader:
-    """Batches of a split. Holds no state: every method is a pure function of its arguments."""
+    """Batches of a split. Holds no state: every method is a pure function of its arguments.
+
+    `ramp` gives the sequences of each of the first steps, where they are not `sequences_per_step`.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class TrainLoader:
         sequences_per_step: int,
         seed: int,
         isolate_documents: bool = True,
+        ramp: Sequence[int] = (),
     ):
         if split.tokens < seq_len + 1:
             raise DataError(
@@ -61,17 +65,26 @@ class TrainLoader:
         self.seed = seed
         self.isolate_documents = isolate_documents
         self.sequences_per_epoch = split.tokens // seq_len
+        self._ramp_ends = np.cumsum([0, *ramp])
+
+    def sequences(self, step: int) -> tuple[int, int]:
+        """The first sequence of a step, and that of the next step, counted from the start of training."""
+        return self._first_sequence(step), self._first_sequence(step + 1)
+
+    def _first_sequence(self, step: int) -> int:
+        in_ramp = min(step, len(self._ramp_ends) - 1)
+        return int(self._ramp_ends[in_ramp]) + (step - in_ramp) * self.sequences_per_step
 
     def batch(self, step: int, rank: int, world_size: int, micro_step: int, micro_batch_size: int) -> Batch:
         """The sequences (micro_step * world_size + rank) * M + [0, M) of a step."""
         first = (micro_step * world_size + rank) * micro_batch_size
-        if not (0 <= rank < world_size and 0 <= first <= self.sequences_per_step - micro_batch_size):
+        starts = self.starts(step)
+        if not (0 <= rank < world_size and 0 <= first <= len(starts) - micro_batch_size):
             raise DataError(
                 f"micro_batch_size={micro_batch_size}: micro-step {micro_step} of rank {rank}/{world_size} is"
-                f" outside of the {self.sequences_per_step} sequences of a step"
+                f" outside of the {len(starts)} sequences of a step"
             )
-        starts = self.starts(step)[first : first + micro_batch_size]
-        return self._assemble(starts)
+        return self._assemble(starts[first : first + micro_batch_size])
 
     def num_targets(self, step: int) -> int:
         """Number of targets other than -100 in the whole step, over all ranks and micro-steps."""
@@ -80,8 +93,8 @@ class TrainLoader:
         return len(starts) * self.seq_len - int(masked.sum())
 
     def starts(self, step: int) -> np.ndarray:
-        """Where each sequence of a step starts in the ring of tokens, int64 (sequences_per_step,)."""
-        order = np.arange(step * self.sequences_per_step, (step + 1) * self.sequences_per_step)
+        """Where each sequence of a step starts in the ring of tokens, int64 (num_sequences,)."""
+        order = np.arange(*self.sequences(step))
         starts = np.empty_like(order)
         epochs = order // self.sequences_per_epoch
         for epoch in np.unique(epochs):
@@ -131,6 +144,14 @@ class TrainLoader:
             torch.from_numpy(targets.reshape(1, M * L)),
             torch.from_numpy(cu_seqlens),
         )
+
+
+def shorten(batch: Batch, seq_len: int) -> Batch:
+    """The same tokens and targets in sequences of `seq_len`, which divides that of the batch."""
+    if batch.cu_seqlens is None:
+        return Batch(batch.tokens.view(-1, seq_len), batch.targets.view(-1, seq_len), None)
+    cuts = torch.arange(0, batch.tokens.shape[1] + 1, seq_len, dtype=torch.int32)
+    return batch._replace(cu_seqlens=torch.cat([batch.cu_seqlens, cuts]).unique())
 
 
 def epoch_keys(seed: int, epoch: int) -> np.ndarray:

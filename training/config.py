@@ -30,7 +30,7 @@ from data.config import DataConfig, TokenizerConfig
 from data.files import read_limited, write_atomically
 from models.config import ModelConfig
 from training.errors import EXIT_USER_ERROR, USER_ERRORS, SettingError
-from training.optimizer import OptimConfig, ScheduleConfig
+from training.optimizer import OptimConfig, ScheduleConfig, ramped
 
 CONFIG_LIMIT_BYTES = 32 * 2**10
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -175,6 +175,17 @@ class TrainConfig:
                 f"batch_tokens={self.batch_tokens} is not a multiple of seq_len={self.seq_len}. "
                 f"Try batch_tokens={lower or self.seq_len}."
             )
+        for key, last in (("ramp_seq_len", self.seq_len), ("ramp_batch_tokens", self.batch_tokens)):
+            first = getattr(self.schedule, key)
+            if first is not None and (first < 1 or last % first or (last // first).bit_count() != 1):
+                raise SettingError(
+                    f"schedule.{key}={first} must reach {last} by doubling: try {last // 4 or last}, or null."
+                )
+        if self.schedule.ramp_batch_tokens is not None and self.schedule.ramp_batch_tokens % self.seq_len:
+            raise SettingError(
+                f"schedule.ramp_batch_tokens={self.schedule.ramp_batch_tokens} is not a multiple of "
+                f"seq_len={self.seq_len}."
+            )
         if self.optim.name == "muon" and (self.engine.offload_optimizer or self.engine.offload_parameters):
             raise SettingError(
                 "optim=muon does not work with offloading: use an engine without it, or optim=adamw."
@@ -200,6 +211,18 @@ class TrainConfig:
     def sequences_per_step(self) -> int:
         """Sequences in one optimizer step over all ranks."""
         return self.batch_tokens // self.seq_len
+
+    @property
+    def sequences_of_first_step(self) -> int:
+        """Sequences in the first step, the smallest one: the schedule may let the batch grow."""
+        return (self.schedule.ramp_batch_tokens or self.batch_tokens) // self.seq_len
+
+    @property
+    def sequences_of_ramp(self) -> list[int]:
+        """Sequences in each of the steps of the schedule's ramp."""
+        first, schedule = self.schedule.ramp_batch_tokens, self.schedule
+        steps = range(schedule.ramp_steps if first is not None else 0)
+        return [ramped(schedule, first, self.batch_tokens, step) // self.seq_len for step in steps]
 
 
 def compose(schema: type, arguments: list[str], config_name: str | None = None):

@@ -80,7 +80,7 @@ class Engine:
 
     Args:
         model: on the CPU or this rank's device, fp32.
-        accumulation_steps: micro-steps per optimizer step.
+        accumulation_steps: micro-steps per optimizer step, for DeepSpeed's books.
         micro_batch_size: sequences per micro-step on this rank.
     """
 
@@ -143,7 +143,7 @@ class Engine:
         """Accumulate gradients over this rank's micro-batches and update the weights.
 
         Args:
-            batches: `accumulation_steps` batches with tokens, targets and cu_seqlens.
+            batches: this step's micro-batches, with tokens, targets and cu_seqlens.
             num_targets: scored tokens of the whole step over all ranks: the one divisor of the loss.
             lr: learning rate of this step.
             measure_layers: also give each layer's gradient norm and the scale of its output.
@@ -158,7 +158,7 @@ class Engine:
         # DeepSpeed averages gradients over ranks; the loss is a sum over them.
         scale = self.world.size / num_targets
         for index, batch in enumerate(batches):
-            total += self._backward(batch, scale, is_last=index == self.accumulation_steps - 1)
+            total += self._backward(batch, scale, is_last=index == len(batches) - 1)
         if measure_layers:
             layers["layer_grad_norms"] = self._layer_grad_norms()
         grad_norm, skipped = self._update()

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from data.errors import DataError
-from data.loader import Prefetcher, TrainLoader, prefetch
+from data.loader import Prefetcher, TrainLoader, prefetch, shorten
 from kernels.lightning_attention import default_backend
 from models.generation import SamplingConfig, generate
 from models.llama import softmax_backend
@@ -36,7 +36,7 @@ from training.errors import EXIT_PREEMPTED
 from training.evaluation import documents_of, evaluate
 from training.interrupt import Interrupt, StopRequested
 from training.metrics import Console, MetricsFile, WandbRun, last_step, peak_flops, peak_memory_gib
-from training.optimizer import lr_factor
+from training.optimizer import lr_factor, ramped
 from training.report import write_report
 from training.run_folder import RunFolder
 from training.setup import Run, find_checkpoint, set_up
@@ -109,15 +109,19 @@ class Trainer:
         self.interrupt, self.watchdog = interrupt, watchdog
         config, data = run.config, run.data
         self.loader = TrainLoader(
-            data.train, config.seq_len, config.sequences_per_step, config.seed, config.data.isolate_documents
+            data.train,
+            config.seq_len,
+            config.sequences_per_step,
+            config.seed,
+            config.data.isolate_documents,
+            config.sequences_of_ramp,
         )
         self.valid_documents = documents_of(data.valid, data.tokenizer, config.eval_tokens)
-        self.flops_per_token = config.model.flops_per_token(config.seq_len)
         peak = peak_flops(self.world.device)
         self.peak_flops = peak * self.world.size if peak else None
         self.first_step = run.state.step
         self.saved_step = run.state.step if run.resumed else None
-        self.timed_steps, self.timed_seconds = 0, 0.0
+        self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
         self.num_rollbacks = 0  # since the last save
         self.problem: str | None = None  # what keeps this rank from going on, until all hear of it
         self.metrics: MetricsFile | None = None
@@ -226,11 +230,20 @@ class Trainer:
         micro_batch_size, world = self.state.micro_batch_size, self.world
         first, last = self.state.batch, self.config.max_steps + self.state.passed_over_batches
         for batch in range(first, last):
+            first_sequence, last_sequence = self.loader.sequences(batch)
+            seq_len = self._seq_len(batch)
             batches = [
-                self.loader.batch(batch, world.rank, world.size, micro_step, micro_batch_size)
-                for micro_step in range(self.engine.accumulation_steps)
+                shorten(
+                    self.loader.batch(batch, world.rank, world.size, micro_step, micro_batch_size), seq_len
+                )
+                for micro_step in range((last_sequence - first_sequence) // world.size // micro_batch_size)
             ]
             yield batches, self.loader.num_targets(batch)
+
+    def _seq_len(self, batch: int) -> int:
+        """Tokens of a sequence in that batch, which the schedule's ramp may hold below `seq_len`."""
+        schedule = self.config.schedule
+        return ramped(schedule, schedule.ramp_seq_len, self.config.seq_len, batch)
 
     def _next(self, steps: Prefetcher) -> tuple[list, int]:
         """The next step's batches; a request to stop cuts the wait for them short."""
@@ -253,10 +266,13 @@ class Trainer:
         measure_layers = config.layer_stats_every > 0 and (state.step + 1) % config.layer_stats_every == 0
         with self._first_compilation():
             result = self.engine.train_step(batches, num_targets, lr, measure_layers)
+        first_sequence, last_sequence = self.loader.sequences(state.batch)
+        num_tokens = (last_sequence - first_sequence) * config.seq_len
         self.timed_seconds += time.perf_counter() - start
+        self.timed_tokens += num_tokens
         self.timed_steps += 1
         state.step += 1
-        state.tokens += config.batch_tokens
+        state.tokens += num_tokens
         state.num_updates = self.engine.num_steps
         state.skipped_in_row = state.skipped_in_row + 1 if result.skipped else 0
         if result.skipped:
@@ -318,7 +334,8 @@ class Trainer:
     def _log(self, result: StepResult) -> None:
         state, config = self.state, self.config
         step_seconds = self.timed_seconds / self.timed_steps
-        speed = config.batch_tokens / step_seconds
+        speed = self.timed_tokens / self.timed_seconds
+        flops_per_second = speed * config.model.flops_per_token(self._seq_len(state.batch - 1))
         line = {
             "step": state.step,
             "tokens": state.tokens,
@@ -326,11 +343,11 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "lr": config.optim.lr * lr_factor(config.schedule, state.step - 1),
             "tokens_per_second": speed,
-            "mfu": speed * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+            "mfu": flops_per_second / self.peak_flops if self.peak_flops else None,
             "peak_memory_gib": max(self.world.gather(peak_memory_gib(self.world.device))),
             "step_ms": 1000 * step_seconds,
         }
-        self.timed_steps, self.timed_seconds = 0, 0.0
+        self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
         self._write(line)
         with self._told_later():
             self.console.show(line, config.max_steps, (config.max_steps - state.step) * step_seconds)

@@ -158,7 +158,7 @@ def largest_micro_batch(config: TrainConfig, num_ranks: int, memory_bytes: float
     """Sequences of the largest micro-batch that fits in `memory_bytes`; 0 if not even one does."""
     fitting = [
         size
-        for size in divisors(config.sequences_per_step // num_ranks)
+        for size in divisors(config.sequences_of_first_step // num_ranks)
         if sum(memory_parts(config, num_ranks, size).values()) <= SPARE * memory_bytes
     ]
     return max(fitting, default=0)
@@ -188,15 +188,16 @@ def resolve_micro_batch(config: TrainConfig, world_size: int, device: torch.devi
 
 
 def sequences_per_rank(config: TrainConfig, num_ranks: int) -> int:
-    """Sequences of one rank's part of a step.
+    """Sequences of one rank's part of a step, of the first one where the batch grows.
 
     Raises:
         SettingError: the step's sequences can't be dealt out evenly.
     """
-    sequences = config.sequences_per_step
+    sequences, schedule = config.sequences_of_first_step, config.schedule
     if sequences % num_ranks:
+        key = "batch_tokens" if schedule.ramp_batch_tokens is None else "schedule.ramp_batch_tokens"
         raise SettingError(
-            f"batch_tokens={config.batch_tokens} is {sequences} sequences of {config.seq_len} tokens a step, "
+            f"{key}={sequences * config.seq_len} is {sequences} sequences of {config.seq_len} tokens a step, "
             f"which {num_ranks} ranks can't share evenly: use a multiple of {config.seq_len * num_ranks}."
         )
     return sequences // num_ranks

@@ -52,6 +52,9 @@ class ScheduleConfig:
     total_steps: int | None = None  # length of the shape; null takes max_steps of the first start
     min_lr_ratio: float = 0.1  # the last learning rate, as a share of the peak
     decay_fraction: float = 0.2  # wsd: share of the steps that decays
+    ramp_steps: int = 0  # steps in which the lengths below double, stage by stage, to those of the run
+    ramp_seq_len: int | None = None  # first length to which sequences are cut; null: seq_len throughout
+    ramp_batch_tokens: int | None = None  # first tokens per optimizer step; null: batch_tokens throughout
 
     def __post_init__(self) -> None:
         if self.name not in ("cosine", "wsd", "constant"):
@@ -60,6 +63,12 @@ class ScheduleConfig:
             raise SettingError(f"schedule.warmup_steps={self.warmup_steps} must not be negative.")
         if self.total_steps is not None and self.total_steps < 1:
             raise SettingError(f"schedule.total_steps={self.total_steps} must be at least 1, or null.")
+        if self.ramp_steps < 0:
+            raise SettingError(f"schedule.ramp_steps={self.ramp_steps} must be 0 (off) or more.")
+        if not self.ramp_steps and (self.ramp_seq_len or self.ramp_batch_tokens):
+            raise SettingError(
+                "schedule.ramp_seq_len and ramp_batch_tokens need schedule.ramp_steps above 0."
+            )
         for key in ("min_lr_ratio", "decay_fraction"):
             if not 0 <= getattr(self, key) <= 1:
                 raise SettingError(f"schedule.{key}={getattr(self, key)} must lie between 0 and 1.")
@@ -81,6 +90,17 @@ def lr_factor(config: ScheduleConfig, step: int) -> float:
     else:
         shape = 1 - progress
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+
+
+def ramped(config: ScheduleConfig, first: int | None, last: int, step: int) -> int:
+    """The value at `step` of what grows from `first` to `last`, a power of two times as much, by doubling.
+
+    The steps of the ramp are shared equally among the values before `last`. None for `first` means `last`.
+    """
+    if first is None or step >= config.ramp_steps:
+        return last
+    num_doublings = (last // first).bit_length() - 1
+    return first << (step * num_doublings // config.ramp_steps)
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
