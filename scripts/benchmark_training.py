@@ -2,11 +2,17 @@
 
     python -m scripts.benchmark_training                                    the table, on a GPU
     python -m scripts.benchmark_training models=[tnl-1b] seq_lens=[8192] profile=true
+    python -m scripts.benchmark_training models=[tnl-385m] seq_lens=[1024,16384,262144] tokens=262144 \\
+        settings=["model.activation_checkpointing=full"]                    flatness over lengths
 
-Every point runs in a process of its own on random tokens: forward, backward, clipping and optimizer step,
-through the engine of train.py. Ways to run: `engine` (DeepSpeed, the setting engine=), `loop` (a bare PyTorch
-loop over the same model with bf16 weights and AdamW on them), `fla` (the engine, with the attention of
-flash-linear-attention in place of ours, if it is installed). Writes table.md, results.csv, results.json.
+Every point runs in a process of its own on random tokens: forward, backward, clipping and optimizer step.
+Ways to run:
+    engine  DeepSpeed, as train.py does, with the setting engine=
+    loop    the same model without DeepSpeed: bf16 weights and gradients, fp32 masters and moments
+    fla     engine, with flash-linear-attention's kernel in place of ours, if it is installed
+    plain   fla, with a loss of plain PyTorch: chunks of F.cross_entropy, computed again in backward
+fla and plain keep all activations, since checkpointing doesn't compile around that kernel.
+Writes table.md, results.csv, results.json and speed.png.
 """
 
 from __future__ import annotations
@@ -18,22 +24,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data.loader import Batch
+from models.layers import LMHead
 from models.transnormer import TransNormer
 from training import distributed
 from training.config import TrainConfig, compose, run_command
 from training.engine import Engine
 from training.errors import SettingError
 from training.metrics import peak_flops, peak_memory_gib
-from training.optimizer import build_optimizer
+from training.optimizer import parameter_groups
 
-WAYS = ("engine", "loop", "fla")
-WARMUP_STEPS = 4
+WAYS = ("engine", "loop", "fla", "plain")
+WARMUP_STEPS = 3
+LOSS_CHUNK_TOKENS = 8192  # of plain's loss
 COLUMNS = (
     "model",
     "way",
@@ -43,6 +53,9 @@ COLUMNS = (
     "tokens_per_second",
     "mfu",
     "peak_memory_gib",
+    "first_steps_peak_gib",
+    "first_step_seconds",
+    "loss",
 )
 
 
@@ -54,10 +67,12 @@ class BenchmarkConfig:
     ways: list[str] = field(default_factory=lambda: ["engine"])
     seq_lens: list[int] = field(default_factory=lambda: [2048, 8192, 32768])
     tokens: int = 65536  # per step
+    micro_tokens: int | None = None  # per micro-step, a whole number of sequences; null: all at once
     vocab_size: int = 64000
     engine: str = "zero1"
     steps: int = 10  # timed, after a few for compilation and clocks
     settings: list[str] = field(default_factory=list)
+    limit_seconds: float = 600.0  # a point that takes longer is ended, and the next one starts
     profile: bool = False  # also print each point's GPU time by kernel
     output: str = "outputs/benchmark_training"
     point: str | None = None  # the JSON of one point: what the script passes to its own processes
@@ -71,6 +86,8 @@ class BenchmarkConfig:
         for length in self.seq_lens:
             if length < 1 or self.tokens % length:
                 raise SettingError(f"seq_lens={length} must divide tokens={self.tokens}.")
+        if self.micro_tokens is not None and self.micro_tokens < 1:
+            raise SettingError(f"micro_tokens={self.micro_tokens} must be at least 1, or null.")
 
 
 def main(config: BenchmarkConfig) -> int:
@@ -83,21 +100,26 @@ def main(config: BenchmarkConfig) -> int:
     for seq_len in config.seq_lens:
         for model in config.models:
             for way in config.ways:
-                rows.append(run_point({"model": model, "way": way, "seq_len": seq_len}))
-                print("  ".join(_format(rows[-1][column]) for column in COLUMNS), flush=True)
+                point = {"model": model, "way": way, "seq_len": seq_len}
+                rows.append(run_point(point, config.limit_seconds))
+                values = [_format(rows[-1].get(column)) for column in (*COLUMNS, "error")]
+                print("  ".join(filter(None, values)), flush=True)
                 write_results(Path(config.output), config, rows)
     print((Path(config.output) / "table.md").read_text())
     return 0
 
 
-def run_point(point: dict) -> dict:
+def run_point(point: dict, limit_seconds: float) -> dict:
     """One point in a fresh process; a point that fails is recorded, and the others go on."""
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("output=")]
     command = [sys.executable, "-m", "scripts.benchmark_training", *arguments, f"point={json.dumps(point)}"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    row = dict.fromkeys(COLUMNS) | point
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=limit_seconds)
+    except subprocess.TimeoutExpired:
+        return row | {"status": "timeout", "error": f"not done after {limit_seconds:.0f} s"}
     *report, last = result.stdout.strip().splitlines() or [""]
     print("\n".join(report), end="\n" if report else "")
-    row = dict.fromkeys(COLUMNS) | point
     if result.returncode == 0:
         return row | json.loads(last) | {"status": "ok"}
     lines = result.stderr.strip().splitlines() or ["no message"]
@@ -109,30 +131,37 @@ def measure(config: BenchmarkConfig, model_name: str, way: str, seq_len: int) ->
     """Time one point in this process."""
     settings = [f"model={model_name}", f"seq_len={seq_len}", f"batch_tokens={config.tokens}"]
     settings += [f"model.vocab_size={config.vocab_size}", f"engine={config.engine}", *config.settings]
+    if way in ("fla", "plain"):
+        settings.append("model.activation_checkpointing=none")
+        use_flash_linear_attention()
+    if way == "plain":
+        LMHead.forward = plain_loss  # type: ignore[method-assign]
     train = compose(TrainConfig, settings, "train")
     world = distributed.start(train.engine.timeout_minutes)
-    micro_batch_size = (
-        train.sequences_per_step if train.micro_batch_size == "auto" else train.micro_batch_size
-    )
+    micro_batch_size = max(1, (config.micro_tokens or config.tokens) // seq_len)
     accumulation_steps = train.sequences_per_step // micro_batch_size
-    if way == "fla":
-        use_flash_linear_attention()
-    if way == "loop":
-        step = bare_loop(train, world.device)
-    else:
+    with world.device:  # weights are drawn where they stay
         model = TransNormer(train.model)
+    if way == "loop":
+        step = bare_loop(model, train, world.device)
+    else:
         engine = Engine(
             model, train, world, accumulation_steps=accumulation_steps, micro_batch_size=micro_batch_size
         )
 
-        def step(batches: list[Batch]) -> None:
-            engine.train_step(batches, train.batch_tokens, 1e-4)
+        def step(batches: list[Batch]) -> float:
+            return engine.train_step(batches, train.batch_tokens, 1e-4).loss
 
     batches = random_batches(train, micro_batch_size, accumulation_steps)
-    seconds = [_timed(step, batches, world.device) for _ in range(WARMUP_STEPS + config.steps)]
+    first_seconds = [_timed(step, batches, world.device)[0] for _ in range(WARMUP_STEPS)]
+    first_steps_peak = peak_memory_gib(world.device)
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
+    timed = [_timed(step, batches, world.device) for _ in range(config.steps)]
+    memory = peak_memory_gib(world.device)
     if config.profile:
         print_profile(step, batches)
-    speed = train.batch_tokens / statistics.median(seconds[WARMUP_STEPS:])
+    speed = train.batch_tokens / statistics.median(seconds for seconds, _ in timed)
     peak = peak_flops(world.device)
     distributed.stop()
     return {
@@ -140,8 +169,11 @@ def measure(config: BenchmarkConfig, model_name: str, way: str, seq_len: int) ->
         "parameters": train.model.num_parameters(),
         "tokens_per_second": speed,
         "mfu": speed * train.model.flops_per_token(seq_len) / peak if peak else None,
-        "peak_memory_gib": peak_memory_gib(world.device),
-        "first_step_seconds": seconds[0],
+        "peak_memory_gib": memory,
+        "first_steps_peak_gib": first_steps_peak,
+        "first_step_seconds": first_seconds[0],
+        "step_seconds": [seconds for seconds, _ in timed],
+        "loss": timed[-1][1],
     }
 
 
@@ -157,23 +189,36 @@ def random_batches(train: TrainConfig, micro_batch_size: int, accumulation_steps
     return batches
 
 
-def bare_loop(train: TrainConfig, device: torch.device) -> Callable[[list[Batch]], None]:
-    """The same model without DeepSpeed: bf16 weights, AdamW on them, the same clipping."""
-    model = TransNormer(train.model).to(device=device, dtype=torch.bfloat16)
-    if device.type == "cuda":
+def bare_loop(model: TransNormer, train: TrainConfig, device: torch.device) -> Callable[[list[Batch]], float]:
+    """The same step without DeepSpeed: bf16 weights and gradients, fp32 masters and moments, clipping."""
+    if train.engine.compile != "false" and device.type == "cuda":
         for block in model.model.layers:
             block.compile(dynamic=False)
-    optimizer = build_optimizer(model, replace(train.optim, lr=1e-4))
+    masters = {p: p.detach().clone().requires_grad_() for p in model.parameters()}
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    model.compute_dtype = torch.bfloat16
+    groups = parameter_groups(model, train.optim)
+    groups = [group | {"params": [masters[p] for p in group["params"]]} for group in groups]
+    betas = (train.optim.beta1, train.optim.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=betas, eps=train.optim.eps, fused=True)
 
-    def step(batches: list[Batch]) -> None:
+    def step(batches: list[Batch]) -> float:
+        total = torch.zeros((), device=device)
         for batch in batches:
             tokens, targets, cu_seqlens = (x.to(device) for x in batch if x is not None)
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
             loss = model(tokens, targets, cu_seqlens=cu_seqlens)
             (loss / train.batch_tokens).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train.optim.grad_clip)
+            total += loss.detach()
+        for p, master in masters.items():
+            master.grad, p.grad = p.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(list(masters.values()), train.optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_copy_(list(masters), list(masters.values()))
+        return float(total) / train.batch_tokens
 
     return step
 
@@ -187,22 +232,36 @@ def use_flash_linear_attention() -> None:
     try:
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError:
-        raise SettingError("ways=fla needs flash-linear-attention: see requirements-peers.txt.") from None
+        raise SettingError(
+            "ways=fla and plain need flash-linear-attention: see requirements-peers.txt."
+        ) from None
     import models.attention
 
     def attention(q, k, v, slopes, initial_state, output_final_state, cu_seqlens, backend):
-        decay = -slopes.expand(*q.shape[:2], -1)
-        return chunk_simple_gla(q, k, v, g=decay, scale=1.0, cu_seqlens=cu_seqlens)
+        return chunk_simple_gla(q, k, v, g_gamma=-slopes, scale=1.0, cu_seqlens=cu_seqlens)
 
     models.attention.lightning_attention = attention  # type: ignore[assignment]
 
 
-def _timed(step: Callable, batches: list[Batch], device: torch.device) -> float:
+def plain_loss(self: LMHead, x: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+    """What LMHead.forward computes in training, as it is usually written."""
+    chunks = zip(x[0].split(LOSS_CHUNK_TOKENS), targets[0].split(LOSS_CHUNK_TOKENS), strict=True)
+    losses = [checkpoint(_chunk_loss, *chunk, self.weight, use_reentrant=False) for chunk in chunks]
+    return torch.stack(losses).sum()
+
+
+@torch.compile(dynamic=False)
+def _chunk_loss(x: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum")
+
+
+def _timed(step: Callable, batches: list[Batch], device: torch.device) -> tuple[float, float]:
+    """Seconds of one step, and its loss in nats."""
     start = time.perf_counter()
-    step(batches)
+    loss = step(batches)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, loss
 
 
 def print_profile(step: Callable, batches: list[Batch]) -> None:
@@ -247,6 +306,25 @@ def write_results(folder: Path, config: BenchmarkConfig, rows: list[dict]) -> No
     lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(_format(row[column]) for column in COLUMNS) + " |" for row in rows]
     (folder / "table.md").write_text("\n".join(lines) + "\n")
+    plot_speed(folder / "speed.png", rows)
+
+
+def plot_speed(path: Path, rows: list[dict]) -> None:
+    """Tokens per second over sequence length, a line for each model and way."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="sequence length, tokens", ylabel="tokens per second", xscale="log")
+    done = [row for row in rows if row["status"] == "ok"]
+    for model, way in dict.fromkeys((row["model"], row["way"]) for row in done):
+        points = [row for row in done if (row["model"], row["way"]) == (model, way)]
+        points.sort(key=lambda row: row["seq_len"])
+        speeds = [row["tokens_per_second"] for row in points]
+        axes.plot([row["seq_len"] for row in points], speeds, marker="o", label=f"{model}, {way}")
+    axes.set_ylim(bottom=0)
+    if done:
+        axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def _format(value: object) -> str:
