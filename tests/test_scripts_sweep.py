@@ -131,6 +131,8 @@ def test_every_shipped_sweep_composes(name):
     config = compose(SweepConfig, [f"sweep={name}"], "sweep")
     assert config.sweep.name == name
     assert config.run_dir == f"outputs/sweep-{name}"
+    if any(setting.startswith("experiment=") for setting in config.sweep.settings):
+        config.sweep.settings.append("data.path=TEXT")  # experiments take theirs from the command line
     points = expand(config.sweep)
     assert len(points) >= 4
     if name.startswith("seq_len"):
