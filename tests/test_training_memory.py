@@ -91,16 +91,17 @@ def test_loss_holds_one_chunk_of_logits():
     ("engine", "num_ranks", "bytes_per_parameter"),
     [
         ("zero0", 4, 6 + 4 + 8),
-        ("zero1", 1, 2 + 2 + 4 + 4 + 8),
-        ("zero1", 4, 2 + 2 + 4 + 12 / 4),
-        ("zero2", 4, 2 + 2 + 16 / 4),
-        ("zero2_offload", 4, 2 + 2),
+        ("zero1", 1, 2 + 4 + 4 + 8),
+        ("zero1", 4, 2 + 4 + 12 / 4),
+        ("zero1 optim=adamw_8bit", 4, 2 + 4 + (6 + 8 / 256) / 4),
+        ("zero2", 4, 2 + 16 / 4),
+        ("zero2_offload", 4, 2),
         ("zero3", 4, 20 / 4),
         ("zero3_offload", 4, 2 / 4),
     ],
 )
 def test_state_by_hand(engine, num_ranks, bytes_per_parameter):
-    config = settings(f"engine={engine}", "tokenizer=bytes")
+    config = settings(*f"engine={engine}".split(), "tokenizer=bytes")
     parts = state_parts(config, num_ranks)
     buffers = parts.pop("communication buffers")
     assert sum(parts.values()) == pytest.approx(bytes_per_parameter * config.model.num_parameters())
@@ -108,10 +109,27 @@ def test_state_by_hand(engine, num_ranks, bytes_per_parameter):
 
 
 def test_parts_grow_with_the_micro_batch():
-    config = settings("tokenizer=bytes")
+    config = settings("tokenizer=bytes", "micro_batch_size=1")
     one, two = memory_parts(config, 1, 1), memory_parts(config, 1, 2)
     assert two["activations"] == 2 * one["activations"]
     assert [name for name in one if one[name] != two[name]] == ["activations", "loss"]
+
+
+def test_sums_of_gradients_wait_where_a_step_has_several_backward_passes():
+    config = settings("model=tnl-1b", "model.vocab_size=64000", "seq_len=8192", "batch_tokens=65536")
+    weights = config.model.num_parameters()
+    assert memory_parts(config, 1, 8)["fp32 gradient sums"] == 0
+    assert memory_parts(config, 1, 4)["fp32 gradient sums"] == 4 * weights
+    few = memory_parts(settings("model=tnl-1b", "model.vocab_size=64000", "seq_len=128"), 1, 1)
+    assert few["copied gradients"] == few["fp32 gradient sums"] == 4 * weights  # the update is the peak
+    assert few["activations"] == 0
+
+
+def test_chunks_of_a_sequence_need_the_memory_of_one():
+    long = ("model=tnl-1b", "model.vocab_size=64000", "seq_len=1048576", "batch_tokens=1048576")
+    short = ("model=tnl-1b", "model.vocab_size=64000", "seq_len=65536", "batch_tokens=1048576")
+    chunks = memory_parts(settings(*long, "engine.sequence_chunk=65536"), 1, 1)
+    assert chunks == memory_parts(settings(*short), 1, 1)
 
 
 def test_largest_micro_batch_is_the_last_that_fits():

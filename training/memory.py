@@ -15,6 +15,7 @@ import torch
 from data.tokenizer import ByteTokenizer
 from models.config import ModelConfig
 from models.layers import LOGITS_PER_CHUNK
+from training.adamw_8bit import BLOCK
 from training.config import TrainConfig
 from training.errors import SettingError
 
@@ -112,20 +113,25 @@ def loss_bytes(config: ModelConfig, num_tokens: int, element: int = 2) -> int:
     return logits + 2 * element * num_tokens * hidden + (4 + 2 * element) * vocab * hidden
 
 
-def state_parts(config: TrainConfig, num_ranks: int) -> dict[str, float]:
-    """Bytes of weights, gradients and optimizer state on one rank, by part (see training/engine.py)."""
+def state_parts(config: TrainConfig, num_ranks: int, with_sums: bool = True) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer state on one rank, by part (see training/engine.py).
+
+    Stages 1 and 2 turn each gradient into a part of its fp32 sum as it comes. `with_sums=False` is the time
+    at which a step has none yet: before the first backward pass.
+    """
     engine, count = config.engine, config.model.num_parameters()
     stage = engine.zero_stage
     element = 4 if engine.precision == "fp32" or stage == 0 else 2
     sharded = {name: num_ranks if stage >= least else 1 for name, least in SHARDED_FROM_STAGE.items()}
     on_gpu = 0 if engine.offload_optimizer else 1
+    sums = 4 if stage == 3 or (stage > 0 and with_sums) else 0
     copies = 2 if stage == 0 and engine.precision == "bf16" else 0  # every layer rounds its weight for bf16
     parts = {
         "weights": (element + copies) * count / sharded["weights"],
-        "gradients": element * count / sharded["gradients"],
-        "fp32 gradient sums": 4 * count / sharded["sums"] * on_gpu if stage > 0 else 0,
+        "gradients": element * count / sharded["gradients"] if stage in (0, 3) else 0,
+        "fp32 gradient sums": sums * count / sharded["sums"] * on_gpu,
         "fp32 master weights": 4 * count / sharded["masters"] * on_gpu if stage > 0 else 0,
-        "optimizer moments": 8 * count / sharded["moments"] * on_gpu,
+        "optimizer moments": moment_bytes(config) / sharded["moments"] * on_gpu,
         "communication buffers": 0,
     }
     if stage == 3 and engine.offload_parameters:
@@ -137,21 +143,41 @@ def state_parts(config: TrainConfig, num_ranks: int) -> dict[str, float]:
     return parts
 
 
+def moment_bytes(config: TrainConfig) -> float:
+    """Bytes of the optimizer's moments over all ranks."""
+    model, count = config.model, config.model.num_parameters()
+    if config.optim.name == "adamw_8bit":
+        return count * (2 + 8 / BLOCK)  # two codes an element, two scales a block
+    if config.optim.name == "muon":  # one moment for the matrices of the blocks
+        return 4 * count + 4 * model.num_ids * model.hidden_size * (1 if model.tie_embeddings else 2)
+    return 8 * count
+
+
 def memory_parts(config: TrainConfig, num_ranks: int, micro_batch_size: int) -> dict[str, float]:
     """The estimate: bytes on one GPU at the peak of a step, by part. Needs `model.vocab_size`.
+
+    The peak is where backward begins, or with few tokens the update, which copies gradients into one tensor.
 
     Args:
         num_ranks: GPUs that share a step.
         micro_batch_size: sequences per GPU and micro-step.
     """
     element = 4 if config.engine.precision == "fp32" else 2
-    num_tokens = micro_batch_size * config.seq_len
+    num_tokens, chunk_tokens = micro_batch_size * config.seq_len, config.engine.sequence_chunk
+    is_cut = 0 < chunk_tokens < num_tokens
+    num_tokens = chunk_tokens if is_cut else num_tokens
+    has_sums = is_cut or micro_batch_size < config.sequences_per_step // num_ranks
     compiled = config.engine.compile != "false" and config.engine.zero_stage < 3
-    return {
-        **state_parts(config, num_ranks),
+    backward = {
+        **state_parts(config, num_ranks, has_sums),
+        "copied gradients": 0,
         "activations": activation_bytes_per_token(config.model, element, compiled) * num_tokens,
         "loss": loss_bytes(config.model, num_tokens, element),
     }
+    update = {**state_parts(config, num_ranks), "copied gradients": 0, "activations": 0, "loss": 0}
+    if config.engine.zero_stage in (1, 2) and not config.engine.offload_optimizer:
+        update["copied gradients"] = 4 * config.model.num_parameters() / num_ranks
+    return max(backward, update, key=lambda parts: sum(parts.values()))
 
 
 def largest_micro_batch(config: TrainConfig, num_ranks: int, memory_bytes: float) -> int:
