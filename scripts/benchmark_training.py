@@ -42,7 +42,6 @@ from training.metrics import peak_flops, peak_memory_gib
 from training.optimizer import parameter_groups
 
 WAYS = ("engine", "loop", "fla", "plain")
-WARMUP_STEPS = 3
 LOSS_CHUNK_TOKENS = 8192  # of plain's loss
 COLUMNS = (
     "model",
@@ -70,7 +69,8 @@ class BenchmarkConfig:
     micro_tokens: int | None = None  # per micro-step, a whole number of sequences; null: all at once
     vocab_size: int = 64000
     engine: str = "zero1"
-    steps: int = 10  # timed, after a few for compilation and clocks
+    warmup_steps: int = 3  # for compilation and clocks
+    steps: int = 10  # timed
     settings: list[str] = field(default_factory=list)
     limit_seconds: float = 600.0  # a point that takes longer is ended, and the next one starts
     profile: bool = False  # also print each point's GPU time by kernel
@@ -81,8 +81,9 @@ class BenchmarkConfig:
         unknown = sorted(set(self.ways) - set(WAYS))
         if unknown:
             raise SettingError(f"ways={unknown[0]} is unknown. Allowed: {', '.join(WAYS)}.")
-        if self.steps < 1:
-            raise SettingError(f"steps={self.steps} must be at least 1.")
+        for key in ("steps", "warmup_steps"):
+            if getattr(self, key) < 1:
+                raise SettingError(f"{key}={getattr(self, key)} must be at least 1.")
         for length in self.seq_lens:
             if length < 1 or self.tokens % length:
                 raise SettingError(f"seq_lens={length} must divide tokens={self.tokens}.")
@@ -153,7 +154,7 @@ def measure(config: BenchmarkConfig, model_name: str, way: str, seq_len: int) ->
             return engine.train_step(batches, train.batch_tokens, 1e-4).loss
 
     batches = random_batches(train, micro_batch_size, accumulation_steps)
-    first_seconds = [_timed(step, batches, world.device)[0] for _ in range(WARMUP_STEPS)]
+    first_seconds = [_timed(step, batches, world.device)[0] for _ in range(config.warmup_steps)]
     first_steps_peak = peak_memory_gib(world.device)
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
