@@ -158,8 +158,10 @@ def save_checkpoint(
         if world.is_first:
             write_files(temporary)
             write_json(temporary / "state.json", state)
-            small = [path for path in temporary.rglob("*") if path.is_file() and not _is_weights(path.name)]
-            part["files"] |= {path.relative_to(temporary).as_posix(): _entry(path) for path in small}
+            files = [path for path in temporary.rglob("*") if path.is_file()]
+            names = [path.relative_to(temporary).as_posix() for path in files]
+            small = filter(SMALL_FILE.fullmatch, names)  # not what other ranks are just writing
+            part["files"] |= {name: _entry(temporary / name) for name in small}
         return part
 
     def finish() -> None:
