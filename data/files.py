@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -99,12 +99,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is whole or absent: temporary sibling, fsync, rename."""
+def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file that is whole or absent: temporary sibling, fsync, rename. `content` may come in parts."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary.unlink(missing_ok=True)  # of a killed process, or a link that someone put there
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
+        with open(temporary, "xb") as file:
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -73,8 +73,16 @@ def prepare(data: DataConfig, tokenizer_config: TokenizerConfig, *, log: Log = p
         assert data.path is not None
         return open_prepared(Path(data.path), data, tokenizer_config)
     plan = _plan(data, tokenizer_config)
-    folder = Path(data.cache_dir) / f"{plan.name}-{plan.key[:16]}"
-    return _prepare_into(folder, plan, log)
+    return _prepare_into(_folder(plan), plan, log)
+
+
+def find_prepared(data: DataConfig, tokenizer_config: TokenizerConfig) -> PreparedData | None:
+    """Open what `prepare` would make, if it is there already; nothing is written."""
+    if data.source == "prepared":
+        return prepare(data, tokenizer_config)
+    plan = _plan(data, tokenizer_config)
+    folder = _folder(plan)
+    return open_prepared(folder, data, TokenizerConfig()) if _is_prepared(folder, plan) else None
 
 
 def prepare_folder(
@@ -152,6 +160,10 @@ def _plan(data: DataConfig, tokenizer_config: TokenizerConfig) -> _Plan:
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return _Plan(_label(data), data, tokenizer_config, source, valid_source, fixed_tokenizer, settings, key)
+
+
+def _folder(plan: _Plan) -> Path:
+    return Path(plan.data.cache_dir) / f"{plan.name}-{plan.key[:16]}"
 
 
 def _label(data: DataConfig) -> str:

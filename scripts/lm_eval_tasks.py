@@ -54,7 +54,7 @@ def main(config: LmEvalConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = load_model(find_models(config.checkpoint)[-1], device, config.precision)
     seq_len = config.seq_len or trained.settings.get("seq_len")
-    if not seq_len:
+    if type(seq_len) is not int or seq_len < 1:
         raise SettingError(f"seq_len is not set, and {trained.path} does not say its own: give seq_len=1024.")
     manager = TaskManager(include_path=config.include_path)
     with tempfile.TemporaryDirectory() as folder:

@@ -14,13 +14,24 @@ import shutil
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training import checkpoint, distributed, interrupt, loop, metrics, report, setup, watchdog
+from training import (
+    checkpoint,
+    distributed,
+    evaluation_inputs,
+    interrupt,
+    loop,
+    metrics,
+    report,
+    setup,
+    watchdog,
+)
 from training.engine import Engine
 
 
@@ -359,6 +370,20 @@ def hang_in(phase: str, step: int) -> None:
     owner, name = PHASES[phase]
     taken = _count_steps()
     before(owner, name, lambda: time.sleep(1000) if taken[0] >= step else None)
+
+
+def own_cache(folder: str) -> None:
+    """Let evaluations prepare data in a folder of the test's."""
+    evaluation_inputs.CACHE_DIR = folder
+
+
+def stand_in_for_lm_eval() -> None:
+    """What scripts/lm_eval_tasks.py imports, where the harness is not installed."""
+    made = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model")}
+    made |= {name: types.ModuleType(name) for name in ("lm_eval.tasks", "lm_eval.utils")}
+    made["lm_eval"].simple_evaluate = made["lm_eval.utils"].make_table = print
+    made["lm_eval.tasks"].TaskManager = made["lm_eval.api.model"].TemplateLM = object
+    sys.modules |= made
 
 
 def watch(path: str, forbidden: str) -> None:

@@ -2,6 +2,8 @@
 
 import gc
 
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
 import reliability_faults
 import torch._dynamo
 import torch._inductor.compile_fx  # noqa: F401

@@ -132,4 +132,4 @@ def _run_rank(
     if command.endswith(".py"):
         runpy.run_path(command, run_name="__main__")
     else:
-        runpy.run_module(command, run_name="__main__")
+        runpy.run_module(command, run_name="__main__", alter_sys=True)

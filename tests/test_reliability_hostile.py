@@ -19,11 +19,18 @@ import pytest
 from reliability_ranks import launch, train
 from training_helpers import settings, write_text
 
+from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
+from data.loader import TrainLoader
+from data.prepare import open_prepared
+from data.shards import fingerprint_of
+from scripts.sweep import SweepConfig
 from training.checkpoint import open_checkpoint
-from training.config import flatten, load_saved_config, model_config_from
+from training.config import compose, flatten, load_saved_config, model_config_from
 from training.errors import SettingError
 from training.state import saved_state
+from training.sweep import MEASURED, Manifest, expand
+from training.weights import load_model
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +55,7 @@ class Place:
         self.canary = folder / "canary"
         self.checkpoint = folder / "run/checkpoints/step_00000002"
         self.export, self.data = folder / "export", folder / "data"
+        self.run, self.sweep = folder / "run", folder / "sweep"
 
     def pickle(self) -> bytes:
         return pickle.dumps(Bomb(self.canary))
@@ -262,6 +270,196 @@ def path_in_the_data(place: Place) -> None:
 IN_DATA = [linked_shard, shard_of_2_to_63, path_in_the_data]
 
 
+def settings_of_other_kinds(place: Place) -> None:
+    place.edit("config.yaml", "seq_len: 32", "seq_len: [x]")
+    place.edit("config.yaml", "  precision: ", "  precision: {}\n  other: ")
+
+
+def state_of_other_kinds(place: Place) -> None:
+    place.edit("state.json", '"tokens": 512', '"tokens": "many"')
+
+
+IN_CHECKPOINTS += [settings_of_other_kinds, state_of_other_kinds]
+SEALED += [settings_of_other_kinds, state_of_other_kinds]
+
+
+def link_out(path: Path, outside: Path) -> None:
+    """Put a link to something outside in a place."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path.symlink_to(outside)
+
+
+def linked_lock(place: Place) -> None:
+    link_out(place.run / "run.lock", place.outside / "secret")
+
+
+def linked_metrics(place: Place) -> None:
+    link_out(place.run / "metrics.jsonl", place.outside / "secret")
+
+
+def linked_log(place: Place) -> None:
+    link_out(place.run / "train.log", place.outside / "secret")
+
+
+def linked_plots(place: Place) -> None:
+    link_out(place.run / "plots", place.outside)
+
+
+def linked_evaluations(place: Place) -> None:
+    link_out(place.run / "eval", place.outside)
+
+
+def linked_temporary_file(place: Place) -> None:
+    for name in ("report.md", "metrics.jsonl", "config.yaml"):
+        (place.run / f"{name}.tmp").symlink_to(place.outside / "secret")
+
+
+def huge_metrics(place: Place) -> None:
+    with open(place.run / "metrics.jsonl", "wb") as file:
+        file.truncate(2**36)
+
+
+def pipe_for_metrics(place: Place) -> None:
+    (place.run / "metrics.jsonl").unlink()
+    os.mkfifo(place.run / "metrics.jsonl")
+
+
+def metrics_of_anything(place: Place) -> None:
+    """Values of other kinds, nesting without end, numbers without end."""
+    values = ['"x"', "[]", "1e999", "9" * 4000, "null", "true", "[" * 100_000, "{}", "-1"]
+    lines = [f'{{"step": {value}, "tokens": 1, "loss": 1}}' for value in values]
+    keys = ("tokens", "loss", "lr", "grad_norm", "valid_loss", "mfu", "tokens_per_second")
+    lines += [f'{{"step": 2, "tokens": 1, "loss": 1, "{key}": {value}}}' for key in keys for value in values]
+    (place.run / "metrics.jsonl").write_text("\n".join(lines))
+
+
+def evaluations_of_anything(place: Place) -> None:
+    """A formula for a name, values of other kinds."""
+    (place.run / "eval").mkdir()
+    good = {"seq_len": 32, "window": "disjoint", "loss": 2.0, "perplexity": 8.0, "tokens": 9}
+    good |= {"bits_per_byte": 1.0}
+    changes = [{key: value} for key in good for value in ("x", [], 10**400, -1)]
+    changes += [{"loss_by_position": [[0, 1, "x"]]}, {"loss_by_position": 5}]
+    for index, change in enumerate(changes):
+        evaluation = {"step": 2, "data": "$\\frac{$ ${oc.env:SECRET_KEY}", "results": [good, good | change]}
+        (place.run / f"eval/{index}.json").write_text(json.dumps(evaluation))
+
+
+def hostile_run_settings(place: Place) -> None:
+    """What the report quotes and composes a command of."""
+    config = place.run / "config.yaml"
+    text = config.read_text().replace("source: text", "source: ../../outside/secret")
+    config.write_text(text.replace("sample_prompt: 'def '", "sample_prompt: '${oc.env:SECRET_KEY}'"))
+
+
+def layers_in_run_settings(place: Place) -> None:
+    config = place.run / "config.yaml"
+    config.write_text(config.read_text().replace("num_layers: 2", "num_layers: 1000000000"))
+
+
+def tag_in_run_settings(place: Place) -> None:
+    (place.run / "config.yaml").write_text(f"!!python/object/apply:os.system ['touch {place.canary}']")
+
+
+LINKS_IN_RUNS = [linked_lock, linked_metrics, linked_log, linked_plots, linked_evaluations]
+IN_RUNS = [*LINKS_IN_RUNS, linked_temporary_file, huge_metrics, pipe_for_metrics, metrics_of_anything]
+IN_RUNS.append(evaluations_of_anything)
+IN_RUN_SETTINGS = [hostile_run_settings, layers_in_run_settings, tag_in_run_settings]  # a resume reads none
+
+
+SWEEP = {
+    "models": "[tnl-tiny]",
+    "seq_lens": "[32,64]",
+    "batch_tokens": "64",
+    "steps": "2",
+    "skip_steps": "0",
+    "settings": "['tokenizer=bytes']",
+}
+SWEEP_SETTINGS = [f"sweep.{key}={value}" for key, value in SWEEP.items()]
+
+
+def change_sweep(place: Place, change: Callable[[dict], None]) -> None:
+    path = place.sweep / "sweep.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def sweep_of_anything(place: Place) -> None:
+    def change(manifest: dict) -> None:
+        for record in manifest["points"].values():
+            record["measured"]["tokens_per_second"] = "${oc.env:SECRET_KEY}"
+
+    change_sweep(place, change)
+
+
+def sweep_without_measurements(place: Place) -> None:
+    def change(manifest: dict) -> None:
+        for record in manifest["points"].values():
+            record["measured"] = {}
+
+    change_sweep(place, change)
+
+
+def path_in_a_sweep(place: Place) -> None:
+    def change(manifest: dict) -> None:
+        record = next(iter(manifest["points"].values()))
+        manifest["points"]["../../outside/secret"] = record | {"settings": ["run_dir=../../outside"]}
+
+    change_sweep(place, change)
+
+
+def other_settings_in_a_sweep(place: Place) -> None:
+    def change(manifest: dict) -> None:
+        for record in manifest["points"].values():
+            record["settings"] = ["init_from=../../outside"]
+
+    change_sweep(place, change)
+
+
+def linked_point(place: Place) -> None:
+    change_sweep(place, lambda manifest: [r.update(status="stopped") for r in manifest["points"].values()])
+    (place.sweep / "points").mkdir()
+    for name in json.loads((place.sweep / "sweep.json").read_text())["points"]:
+        (place.sweep / "points" / name).symlink_to(place.outside)
+
+
+def linked_point_log(place: Place) -> None:
+    linked_point(place)
+    for path in list((place.sweep / "points").iterdir()):
+        path.unlink()
+        path.with_name(f"{path.name}.log").symlink_to(place.outside / "secret")
+
+
+def linked_sweep(place: Place) -> None:
+    link_out(place.sweep / "sweep.json", place.outside / "secret")
+
+
+def linked_sweep_plots(place: Place) -> None:
+    link_out(place.sweep / "plots", place.outside)
+
+
+def nested_sweep(place: Place) -> None:
+    (place.sweep / "sweep.json").write_text("[" * 4_000_000)
+
+
+def huge_sweep(place: Place) -> None:
+    with open(place.sweep / "sweep.json", "wb") as file:
+        file.truncate(2**36)
+
+
+IN_SWEEPS = [sweep_of_anything, sweep_without_measurements, path_in_a_sweep, other_settings_in_a_sweep]
+IN_SWEEPS += [linked_point, linked_point_log, linked_sweep, linked_sweep_plots, nested_sweep, huge_sweep]
+# What these hold is left out or shown as text, and the command goes on.
+HARMLESS = [
+    settings_of_other_kinds,
+    metrics_of_anything,
+    evaluations_of_anything,
+    hostile_run_settings,
+    linked_temporary_file,
+]
+
+
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
     """A trained run, its export and its prepared data, to be copied."""
@@ -272,6 +470,12 @@ def clean(tmp_path_factory):
     assert launch(folder / "stderr", arguments, command="scripts.export_hf").wait() == [0]
     prepared = next(path for path in (folder / "cache").iterdir() if path.is_dir())
     shutil.copytree(prepared, folder / "data")
+    sweep = compose(SweepConfig, SWEEP_SETTINGS, "sweep").sweep
+    (folder / "sweep").mkdir()
+    manifest = Manifest(folder / "sweep", sweep, expand(sweep))
+    for record in manifest.records.values():
+        record |= {"status": "done", "measured": dict.fromkeys(MEASURED, 1.0), "seconds": 1.0}
+    manifest.save()
     return folder
 
 
@@ -298,6 +502,10 @@ def arguments_for(command: str, place: Place) -> tuple[str, list[str]]:
         "eval export": ("eval.py", [f"checkpoint={place.export}", "seq_lens=[32]", *data]),
         "generate": ("scripts.generate", [f"checkpoint={run}", "max_tokens=2"]),
         "export": ("scripts.export_hf", [f"checkpoint={run}", f"output={fresh}"]),
+        "eval own": ("eval.py", [f"checkpoint={run}", "seq_lens=[32]"]),
+        "lm_eval": ("scripts.lm_eval_tasks", [f"checkpoint={run}", "tasks=[x]"]),
+        "report": ("scripts.report", [f"run_dir={run}"]),
+        "sweep": ("scripts.sweep", ["launcher=python", f"run_dir={place.sweep}", *SWEEP_SETTINGS]),
         "import": ("scripts.import_hf", [f"source={place.export}", f"run_dir={fresh}"]),
         "train on it": (
             "train.py",
@@ -307,31 +515,50 @@ def arguments_for(command: str, place: Place) -> tuple[str, list[str]]:
 
 
 def assert_refused(clean: Path, folder: Path, payload: Callable, command: str) -> dict:
-    """Exit 2 with a short message, and a clean report; returns the report."""
+    """Exit 2 with a short message (0 where it is harmless), and a clean report; returns the report."""
     place = hostile_copy(clean, folder / "victim", payload)
     script, arguments = arguments_for(command, place)
-    faults = {0: [("watch", str(folder / "report"), str(place.outside))]}
+    before = listing(place.outside)
+    faults = {
+        0: [
+            ("stand_in_for_lm_eval",),
+            ("own_cache", str(folder / "cache")),
+            ("watch", str(folder / "report"), str(place.outside)),
+        ]
+    }
     ranks = launch(folder, arguments, faults=faults, command=script, SECRET_KEY="hunter2")
     codes = ranks.wait(60)
     where, stderr = f"{payload.__name__} through {command}", ranks.stderr()
-    assert codes == [2], f"{where}: {codes} {stderr[-2000:]}"
+    expected = [0, 2] if payload in HARMLESS else [2]
+    assert codes[0] in expected, f"{where}: {codes} {stderr[-2000:]}"
     assert "Traceback" not in stderr, where
     assert "hunter2" not in stderr, where
     assert len(stderr) < 5000, where
     assert not place.canary.exists(), where
+    assert listing(place.outside) == before, where
     report = json.loads((folder / "report").read_text())
+    if codes == [0]:  # a run that goes on builds DeepSpeed's operations
+        report["events"] = [event for event in report["events"] if event.startswith("open ")]
     assert report["events"] == [], where
-    assert report["mib"] < MIB, (where, report)
-    return report
+    assert codes == [0] or report["mib"] < MIB, (where, report)
+    return report if codes == [2] else report | {"seconds": 0.0, "mib": 0.0}
 
 
-CHECKPOINT_COMMANDS = ("resume", "init_from", "eval", "generate", "export")
+def listing(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, and what it holds."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+CHECKPOINT_COMMANDS = ("resume", "init_from", "eval", "eval own", "generate", "export", "lm_eval")
 # A resumed run builds the model that its command names, so what the saved one says of sizes is only compared.
 PAIRS = [(payload, command) for payload in IN_CHECKPOINTS for command in CHECKPOINT_COMMANDS]
 PAIRS += [
     (payload, command) for payload in IN_EXPORTS for command in ("import", "eval export", "init_from export")
 ]
 PAIRS += [(payload, "train on it") for payload in IN_DATA]
+PAIRS += [(payload, "report") for payload in (*IN_RUNS, *IN_RUN_SETTINGS)]
+PAIRS += [(payload, "resume") for payload in IN_RUNS]
+PAIRS += [(payload, "sweep") for payload in IN_SWEEPS]
 
 
 def test_hostile_files_are_refused(clean, tmp_path):
@@ -387,52 +614,130 @@ def mutated(content: bytes, numbers: random.Random) -> bytes:
     return bytes(data)
 
 
-def fuzz_manifest(clean: Path, folder: Path, seconds: float) -> int:
-    """Open a checkpoint with mutated files whose hashes agree, for so long; returns how often."""
-    shutil.copytree(clean / "run/checkpoints/step_00000002", folder / "step_00000002")
-    checkpoint, numbers = folder / "step_00000002", random.Random(0)
-    names = ["manifest.json"] * 4 + ["rank00000-00000.safetensors", "state.json", "config.yaml"]
-    original = {name: (checkpoint / name).read_bytes() for name in names}
+class Checkpoints:
+    """Mutations of a checkpoint's files whose hashes agree."""
+
+    def __init__(self, clean: Path, folder: Path) -> None:
+        self.folder, self.place = folder / "step_00000002", Place(folder)
+        shutil.copytree(clean / "run/checkpoints/step_00000002", self.folder)
+        self.place.checkpoint = self.folder
+        self.names = ["manifest.json"] * 4 + ["rank00000-00000.safetensors", "state.json", "config.yaml"]
+
+    def seal(self, name: str) -> None:
+        self.place.seal(manifest_only=name == "manifest.json")
+
+    def load(self) -> None:
+        """What a resume and an evaluation read."""
+        opened = open_checkpoint(self.folder)
+        saved_state(opened)
+        saved = load_saved_config(opened.folder / "config.yaml")
+        model_config_from(saved, opened.folder)
+        flatten(saved)
+        opened.weights()
+
+
+class Data:
+    """Mutations of prepared data, whose hashes and sizes agree unless the manifest itself is mutated."""
+
+    def __init__(self, clean: Path, folder: Path) -> None:
+        self.folder = folder / "data"
+        shutil.copytree(clean / "data", self.folder)
+        splits = ("train", "valid")
+        self.names = ["manifest.json"] * 3 + [f"{split}.documents" for split in splits] * 3
+        self.names += [f"{split}-00000.tokens" for split in splits] + ["tokenizer_info.json"]
+
+    def seal(self, name: str) -> None:
+        if name == "manifest.json":
+            return
+        path = self.folder / "manifest.json"
+        manifest, content = json.loads(path.read_text()), (self.folder / name).read_bytes()
+        entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest["files"][name] = entry
+        manifest["fingerprint"] = fingerprint_of(manifest["tokenizer_fingerprint"], manifest["files"])
+        path.write_text(json.dumps(manifest))
+
+    def load(self) -> None:
+        """What training and an evaluation read."""
+        prepared = open_prepared(self.folder, DataConfig(source="prepared", path="x"), TokenizerConfig())
+        loader = TrainLoader(prepared.train, 32, 8, seed=0, isolate_documents=True)
+        loader.batch(0, 0, 1, 0, 8)
+        loader.num_targets(0)
+        for split in (prepared.train, prepared.valid):
+            for _document in split:
+                pass
+
+
+class Exports:
+    """Mutations of an export."""
+
+    def __init__(self, clean: Path, folder: Path) -> None:
+        self.folder = folder / "export"
+        shutil.copytree(clean / "export", self.folder)
+        self.names = ["config.json", "config.json", "model.safetensors"]
+
+    def seal(self, name: str) -> None:
+        pass
+
+    def load(self) -> None:
+        load_model(self.folder)
+
+
+def fuzz(kind, clean: Path, folder: Path, seconds: float) -> int:
+    """Load mutated files for so long; only our own errors may come of it. Returns how often."""
+    target, numbers = kind(clean, folder), random.Random(0)
+    original = {path.name: path.read_bytes() for path in target.folder.iterdir() if path.is_file()}
     deadline, count = time.monotonic() + seconds, 0
     while time.monotonic() < deadline:
-        name = numbers.choice(names)
+        name = numbers.choice(target.names)
         content = original[name]
         if name.endswith("safetensors"):  # only its header, and its length
             content = mutated(content[:3000], numbers) + content[3000:]
         else:
             content = mutated(content, numbers)
-        (checkpoint / name).write_bytes(content)
-        place = Place(folder)
-        place.checkpoint = checkpoint
-        place.seal(manifest_only=name == "manifest.json")
+        (target.folder / name).write_bytes(content)
+        target.seal(name)
         try:
-            opened = open_checkpoint(checkpoint)
-            load_all(opened)
+            target.load()
         except (DataError, SettingError):
             pass
+        except Exception as error:
+            shutil.copytree(target.folder, folder / "crash", dirs_exist_ok=True)
+            raise AssertionError(f"{kind.__name__}: {name} mutated, mutation {count}: {error!r}") from error
         for each, whole in original.items():
-            (checkpoint / each).write_bytes(whole)
+            (target.folder / each).write_bytes(whole)
         count += 1
     return count
 
 
-def load_all(opened) -> None:
-    """What a resume and an evaluation read."""
-    saved_state(opened)
-    saved = load_saved_config(opened.folder / "config.yaml")
-    model_config_from(saved, opened.folder)
-    flatten(saved)
-    opened.weights()
+FUZZED = (Checkpoints, Data, Exports)
 
 
-def test_mutated_checkpoints_are_refused_or_right(clean, tmp_path):
-    assert fuzz_manifest(clean, tmp_path, 5) > 50
+@pytest.mark.parametrize("kind", FUZZED)
+def test_mutated_files_are_refused_or_right(kind, clean, tmp_path):
+    assert fuzz(kind, clean, tmp_path, 3) > 20
 
 
 @pytest.mark.torture
-def test_ten_minutes_of_mutated_checkpoints(clean, tmp_path):
-    count = fuzz_manifest(clean, tmp_path, 600)
-    print(f"\nfuzzing manifest, headers, state and config for 10 minutes: 0 crashes in {count} mutations")
+@pytest.mark.parametrize("kind", FUZZED)
+def test_ten_minutes_of_mutated_files(kind, clean, tmp_path):
+    """A third of them for each kind."""
+    count = fuzz(kind, clean, tmp_path, 200)
+    print(f"\nfuzzing {kind.__name__.lower()} for 200 s: 0 crashes in {count} mutations")
+
+
+def test_an_evaluation_says_what_a_checkpoint_makes_it_read_and_writes_in_its_own_cache(clean, tmp_path):
+    place = hostile_copy(clean, tmp_path / "victim", lambda _: None)
+    text = (place.checkpoint / "config.yaml").read_text()
+    inside = text.replace(f"{clean}/text", f"{place.folder}/text")
+    assert inside != text
+    (place.checkpoint / "config.yaml").write_text(inside.replace(f"{clean}/cache", f"{place.outside}/cache"))
+    place.seal()
+    faults = {0: [("own_cache", str(tmp_path / "cache"))]}
+    ranks = launch(tmp_path, [f"checkpoint={place.run}"], faults=faults, command="eval.py")
+    assert ranks.wait() == [0], ranks.stderr()
+    assert f"scoring the validation split of data=text, data.path={place.folder}/text" in ranks.stderr()
+    assert [path.name for path in place.outside.iterdir()] == ["secret"]
+    assert any((tmp_path / "cache").iterdir())
 
 
 def test_no_secret_is_written(clean, tmp_path):

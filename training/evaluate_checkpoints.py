@@ -195,11 +195,12 @@ def _point_settings(config: EvalConfig, candidate: Candidate, seq_len: int) -> d
 
 def _default_length(candidate: Candidate, text: Text) -> int:
     """The length that the model was trained on, or of the longest document if that is shorter."""
-    if "seq_len" not in candidate.settings:
+    trained = candidate.settings.get("seq_len")
+    if type(trained) is not int or trained < 1:
         raise SettingError(
             f"seq_lens is not set, and {candidate.path} does not say its own: give seq_lens=[1024]."
         )
-    return min(candidate.settings["seq_len"], text.longest)
+    return min(trained, text.longest)
 
 
 class _Guarded:

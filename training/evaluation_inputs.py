@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig, TokenizerConfig
-from data.prepare import PreparedData, prepare
+from data.prepare import PreparedData, find_prepared, prepare
 from data.tokenizer import Tokenizer, load_tokenizer
 from training.checkpoint import open_checkpoint
 from training.config import load_saved_config
@@ -17,6 +17,10 @@ from training.errors import SettingError
 from training.evaluation import EvalDocument, documents_of
 from training.model_folder import is_model_folder, open_model_folder
 from training.run_folder import RunFolder
+from training.state import saved_state
+from training.weights import saved_precision
+
+CACHE_DIR = DataConfig().cache_dir  # where an evaluation may write what it prepares
 
 
 @dataclass(slots=True)
@@ -56,16 +60,19 @@ def identify(path: Path, precision: str | None) -> Candidate:
         folder = open_model_folder(path)
         precision = precision or ("bf16" if folder.dtype == "bfloat16" else "fp32")
         home = RunFolder(path)
+        home.check_links()
         return Candidate(path, home, None, None, {}, precision, folder.hash, load_tokenizer(path), path)
+    home = RunFolder(path.parent.parent if path.parent.name == "checkpoints" else path)
+    home.check_links()  # results are written there
     checkpoint = open_checkpoint(path, verify=False)  # load_model verifies what it loads
     settings = load_saved_config(path / "config.yaml")
     return Candidate(
         path=path,
-        home=RunFolder(path.parent.parent if path.parent.name == "checkpoints" else path),
+        home=home,
         step=checkpoint.step,
-        tokens=checkpoint.state()["tokens"],
+        tokens=saved_state(checkpoint).tokens,
         settings=settings,
-        precision=precision or settings["engine"]["precision"],
+        precision=precision or saved_precision(settings, path),
         hash=checkpoint.hash,
         tokenizer=load_tokenizer(path / "tokenizer"),
         tokenizer_path=path / "tokenizer",
@@ -100,7 +107,8 @@ def open_text(
 ) -> Text:
     """The documents to score with this model's tokenizer, from `opened` if an earlier model had them too.
 
-    A file, folder or hub data set is scored as a whole; of other data, the validation split.
+    A file, folder or hub data set is scored as a whole; of other data, the validation split. Without `data`
+    the checkpoint says what is read: a line tells what that is, and nothing is written where it says.
 
     Args:
         data: None for the data that the model was trained on.
@@ -110,16 +118,18 @@ def open_text(
     """
     own_tokenizer = TokenizerConfig(kind="file", path=str(candidate.tokenizer_path))
     tokenizer = own_tokenizer
+    own_data = data is None
     if data is None:
         data, tokenizer = _training_data(candidate)
+        log(f"scoring the validation split of {_description(data)}, as {candidate.path / 'config.yaml'} says")
     elif data.source in ("text", "hub"):
         data = replace(data, valid_fraction=1.0)
     key = f"{data} {candidate.tokenizer.fingerprint}"
     if key not in opened:
-        prepared = prepare(data, tokenizer, log=log)
+        prepared = _prepare(data, tokenizer, log) if own_data else prepare(data, tokenizer, log=log)
         if prepared.tokenizer.fingerprint != candidate.tokenizer.fingerprint:
             log(f"{candidate.path}: its training data has changed since; today's validation split is scored")
-            prepared = prepare(data, own_tokenizer, log=log)
+            prepared = _prepare(data, own_tokenizer, log)
         if not prepared.valid.documents:
             raise SettingError(
                 f"data={data.source}: {prepared.folder} has no validation documents to score. Give the text "
@@ -127,6 +137,19 @@ def open_text(
             )
         opened[key] = Text(prepared, max_tokens)
     return opened[key]
+
+
+def _prepare(data: DataConfig, tokenizer: TokenizerConfig, log: Callable[[str], None]) -> PreparedData:
+    """A run's own data where the run prepared it; if it isn't there, prepared in this command's own cache."""
+    return find_prepared(data, tokenizer) or prepare(replace(data, cache_dir=CACHE_DIR), tokenizer, log=log)
+
+
+def _description(data: DataConfig) -> str:
+    """The settings that say what is read."""
+    keys = ("path", "valid_path", "name")
+    return ", ".join(
+        [f"data={data.source}", *(f"data.{key}={v}" for key in keys if (v := getattr(data, key)))]
+    )
 
 
 def _training_data(candidate: Candidate) -> tuple[DataConfig, TokenizerConfig]:
@@ -138,7 +161,12 @@ def _training_data(candidate: Candidate) -> tuple[DataConfig, TokenizerConfig]:
         )
     try:
         settings = candidate.settings
-        return DataConfig(**settings["data"]), TokenizerConfig(**settings["tokenizer"])
+        data, tokenizer = DataConfig(**settings["data"]), TokenizerConfig(**settings["tokenizer"])
+        for section in (data, tokenizer):
+            for f in fields(section):
+                if not isinstance(value := getattr(section, f.name), f.type):  # type: ignore[arg-type]
+                    raise TypeError(f"{f.name} is {str(value)[:40]!r}")
+        return data, tokenizer
     except (KeyError, TypeError) as error:
         raise SettingError(f"{candidate.path / 'config.yaml'}: no data settings ({error}).") from None
 

@@ -11,15 +11,21 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from data.files import explain_write_errors, write_atomically
+from data.errors import DataError
+from data.files import explain_write_errors, open_regular, write_atomically
 from training.config import TrainConfig, to_dict
 from training.errors import SettingError
+
+FILE_LIMIT_BYTES = 2**30  # of metrics.jsonl: three million lines
+LINE_LIMIT_BYTES = 2**20
+LARGEST_NUMBER = 1e18  # nothing that a run counts or measures comes near
 
 # Dense bf16 peaks in FLOP/s from the vendors' data sheets; a device that is not here has no MFU.
 PEAK_FLOPS = {
@@ -65,9 +71,9 @@ class MetricsFile:
     def drop_after(self, step: int) -> None:
         """Take out what a later, lost part of the run had written."""
         self.close()
-        kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= step]
+        kept = (text for line, text in _whole_lines(self.path) if line["step"] <= step)
         with explain_write_errors(self.path):
-            write_atomically(self.path, "".join(kept).encode())
+            write_atomically(self.path, kept)
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open for the run)
 
     def sync(self) -> None:
@@ -93,21 +99,39 @@ def _append(file: Any, text: str) -> None:
 
 def last_step(path: Path, key: str) -> int:
     """The last step with a line that has `key`, or 0."""
-    return max((line["step"] for line in read_metrics(path) if key in line), default=0)
+    return max((line["step"] for line, _ in _whole_lines(path) if key in line), default=0)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of metrics.jsonl or samples.jsonl; a line cut short by a crash is left out."""
-    lines: list[dict[str, Any]] = []
-    if path.exists():
-        for text in path.read_text().splitlines():
+    """All whole lines of metrics.jsonl or samples.jsonl; a line cut short by a crash is left out.
+
+    Raises:
+        DataError: a link, no file, or larger than FILE_LIMIT_BYTES.
+    """
+    return [line for line, _ in _whole_lines(path)]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a line is a number that can be counted and drawn with; the file may be anyone's."""
+    return type(value) in (int, float) and abs(value) < LARGEST_NUMBER
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Each line that is an object with a step, read and as it stands; one by one: a week has many."""
+    if not os.path.lexists(path):
+        return
+    with os.fdopen(open_regular(path), "rb") as file:
+        if os.fstat(file.fileno()).st_size > FILE_LIMIT_BYTES:
+            raise DataError(
+                f"{path} is larger than {FILE_LIMIT_BYTES} bytes: it can't be a file of this kind"
+            )
+        while text := file.readline(LINE_LIMIT_BYTES):
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
-    return lines
+            if isinstance(line, dict) and type(line.get("step")) is int:
+                yield line, text.rstrip(b"\n") + b"\n"
 
 
 def _finite(value: Any) -> Any:

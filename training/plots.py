@@ -129,7 +129,7 @@ def _curve(axes, line: Line, color: str) -> None:
 
 def _lines(axes, lines: list[Line]) -> None:
     for label, x, y in lines[-MAX_LINES:]:
-        axes.plot(x, y, "o-", label=label, markersize=4)
+        axes.plot(x, y, "o-", label=label.replace("$", r"\$"), markersize=4)  # a $ would begin a formula
     axes.legend(fontsize="small")
 
 

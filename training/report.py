@@ -6,7 +6,6 @@ Out: report.md, which embeds the plots by relative path.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -14,14 +13,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data.files import explain_write_errors, write_atomically
+from data.errors import DataError
+from data.files import explain_write_errors, read_json_object, write_atomically
 from training import plots
 from training.config import CONFIG_DIR, TrainConfig, compose, flatten, load_saved_config, model_config_from
-from training.errors import USER_ERRORS
-from training.metrics import read_metrics
+from training.errors import USER_ERRORS, SettingError
+from training.evaluation import WINDOWS
+from training.metrics import is_number, read_metrics
 from training.run_folder import RunFolder
 
 SHOWN_SAMPLES = 3
+EVALUATION_LIMIT_BYTES = 16 * 2**20
+MOST_LAYERS = 1000
+RESULT_NUMBERS = ("seq_len", "tokens", "loss", "bits_per_byte")
+OPTIONAL_NUMBERS = ("perplexity", "word_perplexity", "loss_low", "loss_high")
 MAIN_SETTINGS = (
     "seed",
     "seq_len",
@@ -41,10 +46,11 @@ def write_report(folder: RunFolder) -> None:
     """Write report.md and the plots of a run, replacing earlier ones.
 
     Raises:
-        SettingError: config.yaml is there but can't be read.
-        DataError: the folder can't be written.
+        SettingError: config.yaml is there but can't be read, or a file is a link.
+        DataError: the folder can't be written, or a file can't be one of a run.
     """
-    config = load_saved_config(folder.config) if folder.config.exists() else {}
+    folder.check_links()
+    config = _read_config(folder.config) if folder.config.exists() else {}
     metrics = read_metrics(folder.metrics)
     evaluations, unreadable = read_evaluations(folder)
     samples = _read_samples(folder.samples)
@@ -63,20 +69,55 @@ def write_report(folder: RunFolder) -> None:
         write_atomically(folder.report, "\n\n".join(filter(None, sections)).encode() + b"\n")
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """The run's settings; what the report needs of them is of its kind.
+
+    Raises:
+        SettingError: it isn't.
+    """
+    config = load_saved_config(path)
+    model = model_config_from(config, path)
+    kinds = {"data.source": str, "max_steps": int, "sample_prompt": str}
+    flat = flatten(config)
+    wrong = [key for key, kind in kinds.items() if key in flat and type(flat[key]) is not kind]
+    if wrong or model.num_layers > MOST_LAYERS:
+        raise SettingError(
+            f"{path}: {wrong[0] if wrong else 'model.num_layers'} is none that a run can have."
+        )
+    return config
+
+
 def read_evaluations(folder: RunFolder) -> tuple[list[dict[str, Any]], list[str]]:
     """The contents of eval/*.json in order of names (that of steps), and the names of unreadable files."""
     evaluations, unreadable = [], []
     for path in sorted(folder.evaluations.glob("*.json")):
         try:
-            evaluation = json.loads(path.read_text())
-            complete = all({"seq_len", "window", "loss"} <= result.keys() for result in evaluation["results"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            evaluation = read_json_object(path, EVALUATION_LIMIT_BYTES)
+            complete = _is_evaluation(evaluation)
+        except (DataError, KeyError, TypeError, ValueError):
             complete = False
         if complete:
             evaluations.append(evaluation)
         else:
             unreadable.append(path.name)
     return evaluations, unreadable
+
+
+def _is_evaluation(evaluation: dict[str, Any]) -> bool:
+    """Whether every value that is shown is of its kind; the file may come from elsewhere."""
+    results = evaluation["results"]
+    counts = [evaluation.get(key) for key in ("step", "training_tokens")]
+    optional = [result.get(key) for result in results for key in OPTIONAL_NUMBERS]
+    numbers = [result[key] for result in results for key in RESULT_NUMBERS]
+    positions = [place for result in results for place in result.get("loss_by_position", [])]
+    return (
+        isinstance(evaluation["data"], str)
+        and all(result["window"] in WINDOWS for result in results)
+        and all(result.get("precision", "bf16") in ("bf16", "fp32") for result in results)
+        and all(value is None or is_number(value) for value in counts + optional)
+        and all(map(is_number, numbers))
+        and all(len(place) == 3 and all(map(is_number, place)) for place in positions)
+    )
 
 
 def _read_samples(path: Path) -> list[dict[str, Any]]:
@@ -107,17 +148,23 @@ def draw_metrics(folder: RunFolder, metrics: list[dict[str, Any]]) -> list[Path]
 
 
 def _series(metrics: list[dict[str, Any]], key: str, label: str = "") -> plots.Line:
-    points = [(line["tokens"], line[key]) for line in metrics if line.get(key) is not None]
+    points = [
+        (line["tokens"], line[key])
+        for line in metrics
+        if is_number(line.get(key)) and is_number(line.get("tokens"))
+    ]
     return label, [tokens for tokens, _ in points], [value for _, value in points]
 
 
 def _layer_series(metrics: list[dict[str, Any]], key: str) -> list[plots.Line]:
     """One line a layer out of lists with a value a layer."""
     measured = [line for line in metrics if isinstance(line.get(key), list)]
-    layers = range(min((len(line[key]) for line in measured), default=0))
+    layers = range(min((len(line[key]) for line in measured), default=0))[:MOST_LAYERS]
     return [
         _series(
-            [{"tokens": line["tokens"], key: line[key][layer]} for line in measured], key, f"layer {layer}"
+            [{"tokens": line.get("tokens"), key: line[key][layer]} for line in measured],
+            key,
+            f"layer {layer}",
         )
         for layer in layers
     ]
@@ -177,11 +224,12 @@ def _summary(config: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
     if config:
         model = model_config_from(config, Path("config.yaml"))
         size = f", {model.num_parameters():,} parameters" if model.vocab_size else ""
-        text = f"{model.name} ({model.attention} attention{size}) on {config['data']['source']}"
-    steps = [line for line in metrics if line.get("loss") is not None]
+        data = flatten(config).get("data.source", "no data")
+        text = f"{model.name} ({model.attention} attention{size}) on {data}"
+    steps = [line for line in metrics if is_number(line.get("loss")) and is_number(line.get("tokens"))]
     if not steps:
         return f"{text}: no step has been logged yet."
-    of_steps = f" of {config['max_steps']:,}" if config else ""
+    of_steps = f" of {config['max_steps']:,}" if "max_steps" in config else ""
     return f"{text}, after {steps[-1]['step']:,}{of_steps} steps and {steps[-1]['tokens']:,} tokens."
 
 
@@ -189,7 +237,7 @@ def _figures(metrics: list[dict[str, Any]]) -> str:
     """Table of the last values of each metric."""
     last: dict[str, Any] = {}
     for line in metrics:
-        last |= {key: value for key, value in line.items() if value is not None}
+        last |= {key: value for key, value in line.items() if is_number(value)}
     shown = (
         ("training loss", "loss", "{:.4f} nats per token"),
         ("validation loss", "valid_loss", "{:.4f} nats per token"),
@@ -209,7 +257,7 @@ def _figures(metrics: list[dict[str, Any]]) -> str:
 
 def _settings(config: dict[str, Any]) -> str:
     flat = flatten(config)
-    rows = [(f"`{key}`", f"`{flat[key]}`") for key in MAIN_SETTINGS if flat.get(key) is not None]
+    rows = [(f"`{key}`", _quoted(flat[key])) for key in MAIN_SETTINGS if flat.get(key) is not None]
     if not rows:
         return ""
     return (
@@ -217,6 +265,11 @@ def _settings(config: dict[str, Any]) -> str:
         + markdown_table(("setting", "value"), rows)
         + "\n\nAll: [config.yaml](config.yaml)."
     )
+
+
+def _quoted(value: Any) -> str:
+    """A setting as code in a line of Markdown."""
+    return "`" + " ".join(str(value)[:200].replace("`", "'").split()) + "`"
 
 
 def _plots(folder: RunFolder, drawn: list[Path]) -> str:
@@ -331,7 +384,7 @@ def _resume_command(folder: RunFolder, config: dict[str, Any]) -> str:
     arguments += [
         f"{group}={choice}"
         for group, choice in groups.items()
-        if choice and (CONFIG_DIR / group / f"{choice}.yaml").exists()
+        if re.fullmatch(r"\w[\w.-]*", str(choice)) and (CONFIG_DIR / group / f"{choice}.yaml").exists()
     ]
     paths = ("data.path", "data.name", "tokenizer.path")  # what some groups can't be composed without
     arguments += [override(key, flat[key]) for key in paths if flat.get(key)]
@@ -353,6 +406,6 @@ def override(key: str, value: Any) -> str:
     if value is None or isinstance(value, bool):
         return f"{key}={'null' if value is None else str(value).lower()}"
     if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9_./-]+", value):
-        quoted = value.replace("\\'", "\\\\'").replace("'", "\\'")
+        quoted = value.replace("\\'", "\\\\'").replace("'", "\\'").replace("${", "\\${")
         return f"{key}='{quoted}'"
     return f"{key}={value}"

@@ -26,7 +26,22 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.evaluations = self.path / "eval"
         self.heartbeats = self.path / "heartbeats"
+        self.lock_file = self.path / "run.lock"
         self._lock: int | None = None
+
+    def check_links(self) -> None:
+        """Refuse a folder that leads out of itself: what is in it may come from elsewhere.
+
+        Raises:
+            SettingError: names the link.
+        """
+        ours = [value for value in vars(self).values() if isinstance(value, Path) and value != self.path]
+        for entry in (*ours, self.path / "wandb"):
+            if entry.is_symlink():
+                raise SettingError(
+                    f"{entry} is a link: links in a run's folder are not followed. "
+                    "Replace it by what it leads to."
+                )
 
     def holds_run(self) -> bool:
         """Whether a run has been started here."""
@@ -74,11 +89,12 @@ class RunFolder:
         """Hold run.lock until this process ends; the kernel frees a dead holder's lock at once.
 
         Raises:
-            SettingError: another process holds it; the text says which.
+            SettingError: another process holds it, and the text says which; or the folder holds a link.
         """
+        self.check_links()
         with explain_write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -18,12 +18,14 @@ from data.files import explain_write_errors, read_json_object, write_json
 from training.config import TrainConfig, compose, sweep_points
 from training.errors import USER_ERRORS, SettingError
 from training.memory import sequences_per_rank
-from training.metrics import read_metrics
+from training.metrics import is_number, read_metrics
 from training.run_folder import RunFolder
 
-MANIFEST_LIMIT_BYTES = 64 * 2**20
+MANIFEST_LIMIT_BYTES = 4 * 2**20  # thousands of points; larger ones take long and much memory to parse
 STATUSES = ("waiting", "running", "done", "oom", "failed", "stopped")
 FINISHED = ("done", "oom", "failed")  # not run again unless asked for
+MEASURED = ("tokens_per_second", "step_ms", "mfu", "peak_memory_gib", "loss", "valid_loss", "steps_measured")
+STEP_NUMBERS = ("tokens_per_second", "step_ms", "peak_memory_gib", "loss")
 MAY_GROW = ("models", "seq_lens", "cross")  # may get new points in a sweep that has begun
 
 # Settings of train.py that a sweep sets itself, see `_point`.
@@ -169,12 +171,13 @@ class Manifest:
         """Open the folder's manifest, or begin one; nothing is written before `save`.
 
         Raises:
-            SettingError: the folder holds another sweep; names what differs.
+            SettingError: the folder holds another sweep, and the text names what differs; or a link.
             DataError: the file is damaged.
         """
         self.path = folder / "sweep.json"
         self.definition = asdict(sweep)
         saved: dict[str, Any] = {}
+        _check_links(folder)
         if self.path.exists():
             manifest = read_json_object(self.path, MANIFEST_LIMIT_BYTES)
             saved = _check_same_sweep(self.path, manifest, self.definition, points)
@@ -204,13 +207,13 @@ def _check_same_sweep(
     if (
         not isinstance(old, dict)
         or not isinstance(records, dict)
-        or not all(isinstance(record, dict) for record in records.values())
+        or not all(_is_record(record) for record in records.values())
     ):
         raise SettingError(f"{path}: not a sweep's manifest. Choose another run_dir, or delete the file.")
     settings = {point.name: point.settings for point in points}
     kept_all = all(settings.get(name) == record.get("settings") for name, record in records.items())
     differing = [
-        f"sweep.{key}={definition[key]} (there: {old.get(key)})"
+        f"sweep.{key}={definition[key]} (there: {str(old.get(key))[:200]})"
         for key in definition
         if definition[key] != old.get(key) and not (kept_all and key in MAY_GROW)
     ]
@@ -223,6 +226,36 @@ def _check_same_sweep(
     return records
 
 
+def _check_links(folder: Path) -> None:
+    """Refuse a sweep's folder that leads out of itself: what is in it may come from elsewhere."""
+    for path in (folder / "points", folder / "plots", *folder.glob("points/*")):
+        if path.is_symlink():
+            raise SettingError(
+                f"{path} is a link: links in a sweep's folder are not followed. "
+                "Replace it by what it leads to."
+            )
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a point's record holds what `Runner` writes, each value of its kind."""
+    if not isinstance(record, dict) or record.get("status") not in STATUSES:
+        return False
+    measured = record.get("measured")
+    texts = [record.get(key) for key in ("device", "commit", "error")]
+    numbers = [record.get(key) for key in ("seconds", "exit_code")]
+    if isinstance(measured, dict):
+        speed = measured.get("tokens_per_second")
+        if set(measured) != set(MEASURED) or not (is_number(speed) and speed > 0):
+            return False
+        numbers += measured.values()
+    return (
+        (measured is not None or record["status"] != "done")
+        and (measured is None or isinstance(measured, dict))
+        and all(value is None or isinstance(value, str) for value in texts)
+        and all(value is None or is_number(value) for value in numbers)
+    )
+
+
 def measure(folder: Path, sweep: SweepDefinition) -> dict[str, Any] | None:
     """A finished point's figures out of its metrics.jsonl, or None if it logged no step to time.
 
@@ -231,12 +264,14 @@ def measure(folder: Path, sweep: SweepDefinition) -> dict[str, Any] | None:
     that of the last evaluation.
     """
     lines = read_metrics(RunFolder(folder).metrics)
-    steps = [line for line in lines if "tokens_per_second" in line]
+    steps = [line for line in lines if all(is_number(line.get(key)) for key in STEP_NUMBERS)]
     timed = [line for line in steps if line["step"] > sweep.skip_steps]
     if not timed:
         return None
-    evaluations = [line["valid_loss"] for line in lines if "valid_loss" in line and sweep.evaluate]
-    utilisations = [line["mfu"] for line in timed if line["mfu"] is not None]
+    evaluations = [
+        line["valid_loss"] for line in lines if is_number(line.get("valid_loss")) and sweep.evaluate
+    ]
+    utilisations = [line["mfu"] for line in timed if is_number(line.get("mfu"))]
     return {
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in timed),
         "step_ms": statistics.median(line["step_ms"] for line in timed),

@@ -22,6 +22,7 @@ from training.checkpoint import (
 from training.config import load_saved_config, model_config_from
 from training.model_folder import is_model_folder, open_model_folder
 from training.run_folder import RunFolder
+from training.state import saved_state
 
 
 @dataclass(slots=True)
@@ -92,7 +93,7 @@ def load_model(path: Path, device: torch.device | str = "cpu", precision: str | 
     settings = load_saved_config(path / "config.yaml")
     config = replace(model_config_from(settings, path / "config.yaml"), backend="auto")  # of this machine
     model = build_model(config, checkpoint.weights(), path)
-    _prepare(model, device, precision or _saved_precision(settings, path))
+    _prepare(model, device, precision or saved_precision(settings, path))
     run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
     return TrainedModel(
         model=model,
@@ -100,13 +101,14 @@ def load_model(path: Path, device: torch.device | str = "cpu", precision: str | 
         path=path,
         run_dir=run_dir,
         step=checkpoint.step,
-        tokens=checkpoint.state()["tokens"],
+        tokens=saved_state(checkpoint).tokens,
         settings=settings,
         hash=checkpoint.hash,
     )
 
 
-def _saved_precision(settings: dict, path: Path) -> str:
+def saved_precision(settings: dict, path: Path) -> str:
+    """What a checkpoint's run computed in: "bf16" or "fp32"."""
     engine = settings.get("engine")
     precision = engine.get("precision") if isinstance(engine, dict) else None
     if precision not in ("bf16", "fp32"):
