@@ -82,7 +82,8 @@ def main(config: MultiGpuConfig) -> int:
     kill = KillTest(folder / "kill", uninterrupted, curve, num_gpus, config.kill_after)
 
     def report() -> None:
-        write_report(folder, sweeps, points, kill if "kill" in config.parts else None)
+        shown = "kill" in config.parts or kill.result["legs"]
+        write_report(folder, sweeps, points, kill if shown else None)
 
     codes = []
     for part in config.parts:
