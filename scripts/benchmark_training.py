@@ -3,7 +3,7 @@
     python -m scripts.benchmark_training                                    the table, on a GPU
     python -m scripts.benchmark_training models=[tnl-1b] seq_lens=[8192] profile=true
     python -m scripts.benchmark_training models=[tnl-385m] seq_lens=[1024,16384,262144] tokens=262144 \\
-        settings=["model.activation_checkpointing=full"]                    flatness over lengths
+        'settings=["model.activation_checkpointing=full"]'                  flatness over lengths
 
 Every point runs in a process of its own on random tokens: forward, backward, clipping and optimizer step.
 Ways to run:
@@ -124,8 +124,9 @@ def run_point(point: dict, limit_seconds: float) -> dict:
     if result.returncode == 0:
         return row | json.loads(last) | {"status": "ok"}
     lines = result.stderr.strip().splitlines() or ["no message"]
-    out_of_memory = "OutOfMemoryError" in result.stderr
-    return row | {"status": "oom" if out_of_memory else "failed", "error": lines[-1][:300]}
+    error = next((line for line in reversed(lines) if "rror:" in line), lines[-1])[:300]
+    status = "oom" if "OutOfMemoryError" in result.stderr else "failed"
+    return row | {"status": status, "error": error, "last_lines": lines[-30:]}
 
 
 def measure(config: BenchmarkConfig, model_name: str, way: str, seq_len: int) -> dict:
