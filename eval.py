@@ -13,7 +13,7 @@ Every token of it and EOS is scored exactly once, BOS never, and nothing is seen
                     targets (half of seq_len unless set), so that each has more than seq_len - stride inputs.
   window=streaming  everything before a token in its document is seen: the state is carried from chunk to
                     chunk, in constant memory with linear attention. seq_len is the chunk: no number
-                    depends on it.
+                    depends on it. A document is scored by one rank: more ranks need more documents.
 loss is the mean in nats over the scored tokens, perplexity its exponential. Bytes and words are those of the
 scored text: bits per byte = summed loss / ln 2 / bytes, word perplexity = exp(summed loss / words), words
 being what whitespace separates. The 95 % interval of the loss is a bootstrap over documents.
