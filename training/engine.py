@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from data.loader import Batch
 from models.attention import LRPE
 from models.fp8 import use_fp8
-from models.transnormer import TransNormer
+from models.transnormer import Block, TransNormer
 from training.adamw_8bit import AdamW8bit
 from training.config import TrainConfig
 from training.distributed import World
@@ -112,6 +112,9 @@ class Engine:
         self.group_index = {
             p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]
         }
+        if self.stage == 3:
+            # gather and free a block's weights at once: fewer, larger messages, and no hook inside a block
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
         with contextlib.redirect_stdout(io.StringIO()):  # memory reports that DeepSpeed prints regardless
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
@@ -129,12 +132,14 @@ class Engine:
             # forms of a block: with gradients, a state, packed sequences, LRPE; or not
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
             for block in self.model.model.layers:
-                block.compile(dynamic=False)
+                block.forward = torch.compile(
+                    block.forward, dynamic=False
+                )  # not __call__: hooks stay outside
 
     def compiles(self) -> bool:
-        """Whether blocks run through torch.compile; stage 3 gathers weights in hooks and does not."""
+        """Whether blocks run through torch.compile."""
         if self.config.engine.compile == "auto":
-            return self.world.device.type == "cuda" and self.stage < 3
+            return self.world.device.type == "cuda"
         return self.config.engine.compile == "true"
 
     def train_step(
@@ -198,7 +203,7 @@ class Engine:
             for block in self.model.model.layers
         ]
         self.model.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled blocks pass hooks over
+        with torch.no_grad():
             self._loss(batch)
         for hook in hooks:
             hook.remove()
