@@ -194,7 +194,8 @@ class SentencePieceTokenizer:
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._token_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
-        self._has_dummy_prefix = processor.encode("\n", out_type=str)[0].startswith(SPACE_MARK)
+        first = processor.encode("a", out_type=str)[0]  # no normalizer takes it away, as many do "\n"
+        self._has_dummy_prefix = first.startswith(SPACE_MARK)
 
     def _bytes_of(self, token_id: int) -> bytes:
         processor = self._processor

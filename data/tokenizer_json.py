@@ -1,13 +1,23 @@
 """Our tokenizers as the `tokenizer.json` that transformers' AutoTokenizer loads without any code.
 
 Ids and text are those of data/tokenizer.py, with one addition: BOS is put first where special tokens are
-asked for. Special tokens spelled out in a text stay text (`split_special_tokens`), except with a unigram
-model that has no piece for "<".
+asked for. Special tokens spelled out in a text stay text (`split_special_tokens`).
 """
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from data.errors import DataError
 from data.files import write_atomically, write_json
@@ -92,9 +102,12 @@ def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Tokenizer
         scored = [(p, s if text else NEVER) for p, s, text in zip(pieces, scores, is_text, strict=True)]
         model = models.Unigram(scored, processor.unk_id(), byte_fallback=True)
     converted = Tokenizer(model)
+    if isinstance(model, models.Unigram) and (lone := _lone_starts(pieces, is_text)):
+        converted.pre_tokenizer = pre_tokenizers.Split(Regex(lone), "isolated")
     steps: list[normalizers.Normalizer] = [
         normalizers.Replace(ESCAPE, ESCAPED_ESCAPE),
         normalizers.Replace(SPACE_MARK, ESCAPED_SPACE_MARK),
+        *_own_normalizers(processor.serialized_model_proto()),
         normalizers.Replace(" ", SPACE_MARK),
     ]
     unescape: list[decoders.Decoder] = [
@@ -116,6 +129,60 @@ def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Tokenizer
         "unk_token": unk,
     }
     return converted, roles
+
+
+def _lone_starts(pieces: list[str], is_text: list[bool]) -> str:
+    """Pattern of the characters that begin pieces which are no text ("<" of "<s>") and are in no text piece.
+
+    The tokenizers library scores an unknown character below any piece, so it would take "<s>" in a text for
+    that piece. Such a character is no part of another piece: cut off, it is unknown or bytes, as it should.
+    """
+    known = {c for piece, text in zip(pieces, is_text, strict=True) if text for c in piece}
+    starts = {piece[0] for piece, text in zip(pieces, is_text, strict=True) if not text}
+    return "|".join(re.escape(c) for c in sorted(starts - known))
+
+
+def _own_normalizers(model: bytes) -> Iterator[normalizers.Normalizer]:
+    """What a SentencePiece model does to a text itself: its table of replacements, and spaces taken out.
+
+    Read from its protobuf: field 3 of the model is the normalizer, whose field 2 is the table and field 4
+    `remove_extra_whitespaces`, on unless it says otherwise.
+    """
+    spec = b"".join(value for number, value in _fields(model) if number == 3 and isinstance(value, bytes))
+    fields = dict(_fields(spec))
+    table = fields.get(2, b"")
+    if table and isinstance(table, bytes):
+        yield normalizers.Precompiled(table)
+    if fields.get(4, 1):
+        yield normalizers.Replace(Regex(r"\A +| +\z"), "")
+        yield normalizers.Replace(Regex(" {2,}"), " ")
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Number and value of each field of a protobuf message that is a number or a string of bytes."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while position < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield number, varint()
+        elif kind == 2:
+            size = varint()
+            yield number, message[position : position + size]
+            position += size
+        else:  # a fixed number of 8 or 4 bytes
+            position += 8 if kind == 1 else 4
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:

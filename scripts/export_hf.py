@@ -28,7 +28,7 @@ from training.weights import TrainedModel, find_models, load_model
 
 TOLERANCE = 2e-5  # ‖Δ‖ / ‖reference‖ of fp32 logits
 PROBE_TOKENS, PROBE_PREFILL, PROBE_PADDING = 80, 48, 33
-PROBE_TEXT = "def f(x):\n    return  x + 1  # ein Übungssatz, 日本語\n"
+PROBE_TEXT = "def f(x):\n    return  x + 1  # ein Übungssatz, <s> 日本語 ﬁ ①\n  "
 
 
 class ExportError(SettingError):

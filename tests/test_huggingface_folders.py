@@ -15,7 +15,13 @@ from safetensors.torch import load_file, save_file
 import scripts.export_hf
 import training.model_folder
 from data.config import TokenizerConfig
-from data.tokenizer import ByteTokenizer, load_tokenizer, train_characters, train_sentencepiece
+from data.tokenizer import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    train_characters,
+    train_sentencepiece,
+)
 from data.tokenizer_json import write_tokenizer_json
 from models.config import ModelConfig
 from models.transnormer import TransNormer
@@ -214,6 +220,53 @@ def tokenizers() -> dict:
         "bpe": train_sentencepiece(sample, TokenizerConfig(vocab_size=400)),
         "unigram": train_sentencepiece(sample, TokenizerConfig(vocab_size=400, model_type="unigram")),
     }
+
+
+NORMALIZING = {  # as published models are trained; ours leave a text as it is
+    "defaults": {},
+    "bpe": {"model_type": "bpe"},
+    "case folding": {"normalization_rule_name": "nmt_nfkc_cf"},
+    "spaces only": {"normalization_rule_name": "identity"},
+    "no prefix": {"normalization_rule_name": "nfkc", "add_dummy_prefix": False},
+}
+
+
+@pytest.mark.parametrize("kind", NORMALIZING)
+def test_sentencepiece_models_with_a_normalizer_are_the_same_in_transformers(kind, tmp_path):
+    from sentencepiece import SentencePieceTrainer
+    from transformers import AutoTokenizer
+
+    source = (ROOT / "training" / "config.py").read_text()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(source.split("\n")),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=500,
+        byte_fallback=True,
+        minloglevel=2,
+        **NORMALIZING[kind],
+    )
+    tokenizer = SentencePieceTokenizer((tmp_path / "tokenizer.model").read_bytes())
+    write_tokenizer_json(tokenizer, tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [TEXT, "", "  ", " a\n\n\tb   ", "ﬁ ① ｆｕｌｌ Å e\u0301 <0x0A> <unk> < <<s>", source]:
+        ids = tokenizer.encode(text).tolist()
+        assert loaded(text, add_special_tokens=False).input_ids == ids, text[:60]
+        assert loaded.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+
+
+def test_special_tokens_in_a_text_stay_text_without_a_piece_for_their_first_character(tmp_path):
+    from transformers import AutoTokenizer
+
+    sample = [(ROOT / "training" / "config.py").read_text().replace("<", "")]
+    tokenizer = train_sentencepiece(sample, TokenizerConfig(vocab_size=400, model_type="unigram"))
+    assert tokenizer._processor.piece_to_id("<") == tokenizer._processor.unk_id()
+    tokenizer.save(tmp_path)
+    write_tokenizer_json(tokenizer, tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a <s> b</s><unk>", "<0x0A>", "<<s"):
+        ids = tokenizer.encode(text).tolist()
+        assert loaded(text, add_special_tokens=False).input_ids == ids
+        assert loaded.decode(ids, skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize("kind", ["characters", "bpe", "unigram"])
