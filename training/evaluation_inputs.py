@@ -17,7 +17,7 @@ from training.errors import SettingError
 from training.evaluation import EvalDocument, documents_of
 from training.model_folder import is_model_folder, open_model_folder
 from training.run_folder import RunFolder
-from training.state import saved_state
+from training.state import saved_tokens
 from training.weights import saved_precision
 
 CACHE_DIR = DataConfig().cache_dir  # where an evaluation may write what it prepares
@@ -70,7 +70,7 @@ def identify(path: Path, precision: str | None) -> Candidate:
         path=path,
         home=home,
         step=checkpoint.step,
-        tokens=saved_state(checkpoint).tokens,
+        tokens=saved_tokens(checkpoint),
         settings=settings,
         precision=precision or saved_precision(settings, path),
         hash=checkpoint.hash,

@@ -40,6 +40,18 @@ class RunState:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
+def saved_tokens(checkpoint: Checkpoint) -> int:
+    """The tokens that a checkpoint was trained on.
+
+    Raises:
+        CheckpointError: it doesn't say.
+    """
+    tokens = checkpoint.state().get("tokens")
+    if type(tokens) is not int or tokens < 0:
+        raise CheckpointError(f"{checkpoint.folder / 'state.json'}: tokens is {str(tokens)[:40]!r}.")
+    return tokens
+
+
 def saved_state(checkpoint: Checkpoint) -> RunState:
     """The state of a checkpoint.
 

@@ -22,7 +22,7 @@ from training.checkpoint import (
 from training.config import load_saved_config, model_config_from
 from training.model_folder import is_model_folder, open_model_folder
 from training.run_folder import RunFolder
-from training.state import saved_state
+from training.state import saved_tokens
 
 
 @dataclass(slots=True)
@@ -101,7 +101,7 @@ def load_model(path: Path, device: torch.device | str = "cpu", precision: str | 
         path=path,
         run_dir=run_dir,
         step=checkpoint.step,
-        tokens=saved_state(checkpoint).tokens,
+        tokens=saved_tokens(checkpoint),
         settings=settings,
         hash=checkpoint.hash,
     )
