@@ -41,6 +41,9 @@ os.makedirs(os.path.join(folder, "checkpoints/step_1"), exist_ok=True)
 if kind == "hang":
     open(os.path.join(folder, "hangs"), "w")
     time.sleep(600)
+if kind == "meet":  # another point, running at the same time
+    while len([1 for name in os.listdir("..") if os.path.exists(f"../{name}/started")]) < 2:
+        time.sleep(0.05)
 if kind == "slow":
     time.sleep(1)  # the sweep must not take an earlier try's figures for this one's
 with open(os.path.join(folder, "metrics.jsonl"), "w") as file:
@@ -253,6 +256,24 @@ def test_points_run_in_parallel_on_groups_of_gpus(tmp_path):
     manifest = run(tmp_path, definition(seq_lens=[32, 64, 128], num_gpus=2), {}, groups=groups)
     assert statuses(manifest) == ["done"] * 3
     assert {record["device"] for record in manifest.records.values()} == {"2 x a GPU"}
+
+
+def test_points_on_several_gpus_run_at_the_same_time_and_see_their_own_only(tmp_path):
+    gpus = [(Device(name, "a GPU", 80.0),) for name in ("3", "5")]
+    sweep = definition()
+    points = expand(sweep)
+    manifest = Manifest(tmp_path, sweep, points)
+    seen = set()
+
+    def command(point, folder, devices):
+        _, variables = point_command(point, folder, "deepspeed", 1, devices)
+        seen.add(variables["CUDA_VISIBLE_DEVICES"])
+        code = f"import os; os.chdir({str(folder)!r})\n{FAKE_POINT}"
+        return [sys.executable, "-c", code, "meet", str(folder), "64"], variables
+
+    Runner(tmp_path, sweep, manifest, gpus, command, lambda *_: None).run(points)
+    assert statuses(manifest) == ["done", "done"]  # each waits for the other
+    assert seen == {"3", "5"}
 
 
 def test_commands(tmp_path):
