@@ -114,8 +114,9 @@ def _memory(config: PlanConfig, per_gpu: int) -> str:
         lines += [f"  {'largest micro-batch':<24}{largest:>18}  sequences of the {per_gpu} a step"]
     else:
         lines += [
-            f"Does not fit: not even one sequence of {config.seq_len} tokens. Try a shorter seq_len, "
-            "model.activation_checkpointing=full,\nmore GPUs with engine=zero3, or engine=zero2_offload."
+            f"Does not fit: not even one sequence of {config.seq_len} tokens. Try optim=adamw_8bit, "
+            "model.activation_checkpointing=selective\nor full, engine.sequence_chunk=32768, a shorter "
+            "seq_len, more GPUs with engine=zero3, or engine=zero2_offload."
         ]
     return "\n".join(lines)
 
