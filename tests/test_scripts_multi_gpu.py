@@ -13,7 +13,7 @@ from scripts.multi_gpu import MultiGpuConfig, _sweep, gpu_counts
 from training.errors import SettingError
 from training.kill_test import KillTest, losses
 from training.multi_gpu_report import write_report
-from training.sweep import Manifest, expand
+from training.sweep import MEASURED, Manifest, expand
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,7 +69,7 @@ def made_up(tmp_path):
             record["status"] = "done" if found else "oom"
             if found:
                 write_run(tmp_path / f"gpus_{count}" / "points" / point.name, found[0])
-                record["measured"] = {"tokens_per_second": found[1], "loss": 1.0, "peak_memory_gib": 2.0}
+                record["measured"] = dict.fromkeys(MEASURED) | {"tokens_per_second": found[1], "loss": 1.0}
         (tmp_path / f"gpus_{count}").mkdir(exist_ok=True)
         manifest.save()
     uninterrupted = next(point for point in points[2] if point.crossed["engine"] == "zero1")

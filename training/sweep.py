@@ -244,7 +244,7 @@ def _is_record(record: Any) -> bool:
     texts = [record.get(key) for key in ("device", "commit", "error")]
     numbers = [record.get(key) for key in ("seconds", "exit_code")]
     if isinstance(measured, dict):
-        speed = measured.get("tokens_per_second")
+        speed: Any = measured.get("tokens_per_second")
         if set(measured) != set(MEASURED) or not (is_number(speed) and speed > 0):
             return False
         numbers += measured.values()
