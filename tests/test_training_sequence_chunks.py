@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from training_helpers import lines, run, settings, write_text
 
 from data.loader import Batch
 from models.config import ModelConfig
@@ -88,6 +89,20 @@ def test_gradients_come_through_the_state():
     early = batch.tokens[0, :16].unique()
     expected = reference.model.embed_tokens.weight.grad[early]
     torch.testing.assert_close(model.model.embed_tokens.weight.grad[early], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_in_chunks_has_the_curve_of_the_run_without(tmp_path):
+    text = write_text(tmp_path / "corpus" / "text")
+    for name, chunk in (("whole", 0), ("chunks", 48)):
+        more = ["engine=zero2", "max_steps=4", "seq_len=128", f"engine.sequence_chunk={chunk}"]
+        result = run(["train.py", *settings(text, tmp_path / name, *more, "micro_batch_size=1")], num_ranks=2)
+        assert result.returncode == 0, result.stderr
+    whole, chunks = (lines(tmp_path / name) for name in ("whole", "chunks"))
+    assert whole.keys() == chunks.keys()
+    for step, line in whole.items():
+        assert chunks[step]["loss"] == pytest.approx(line["loss"], abs=2e-3)
+        assert chunks[step]["grad_norm"] == pytest.approx(line["grad_norm"], rel=0.02)
 
 
 def test_only_the_first_chunk_is_short():
