@@ -235,3 +235,10 @@ def test_local_rank_is_dropped(text, tmp_path):
     arguments = settings(text, tmp_path / "run", "max_steps=1")
     assert run(["train.py", "--local_rank=0", *arguments]).returncode == 0
     assert (ROOT / "train.py").exists()
+
+
+def test_a_run_builds_no_extension_whose_lock_could_outlive_it(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    result = run(["train.py", *settings(text, tmp_path / "run", "max_steps=1")])
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.glob("extensions/**/*"))

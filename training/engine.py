@@ -112,6 +112,9 @@ class Engine:
         self.group_index = {
             p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]
         }
+        # On CPUs DeepSpeed would compile an extension that we never call, under a lock that a killed process
+        # leaves behind and every later one waits for without end.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if self.stage == 3:
             # gather and free a block's weights at once: fewer, larger messages, and no hook inside a block
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
@@ -131,10 +134,9 @@ class Engine:
         if self.compiles():
             # forms of a block: with gradients, a state, packed sequences, LRPE; or not
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-            for block in self.model.model.layers:
-                block.forward = torch.compile(
-                    block.forward, dynamic=False
-                )  # not __call__: hooks stay outside
+            for module in (*self.model.model.layers, self.model.model.final_norm):
+                # not __call__: hooks stay outside
+                module.forward = torch.compile(module.forward, dynamic=False)  # type: ignore[method-assign]
 
     def compiles(self) -> bool:
         """Whether blocks run through torch.compile."""
