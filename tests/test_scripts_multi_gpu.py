@@ -129,7 +129,7 @@ def test_a_killed_rank_on_two_cpu_ranks(tmp_path):
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr
     killed, fewer, more = json.loads((tmp_path / "out" / "kill" / "kill.json").read_text())["legs"]
