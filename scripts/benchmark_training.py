@@ -194,8 +194,8 @@ def random_batches(train: TrainConfig, micro_batch_size: int, accumulation_steps
 def bare_loop(model: TransNormer, train: TrainConfig, device: torch.device) -> Callable[[list[Batch]], float]:
     """The same step without DeepSpeed: bf16 weights and gradients, fp32 masters and moments, clipping."""
     if train.engine.compile != "false" and device.type == "cuda":
-        for block in model.model.layers:
-            block.compile(dynamic=False)
+        for module in (*model.model.layers, model.model.final_norm):
+            module.compile(dynamic=False)
     masters = {p: p.detach().clone().requires_grad_() for p in model.parameters()}
     for p in model.parameters():
         p.data = p.data.bfloat16()

@@ -167,7 +167,7 @@ def memory_parts(config: TrainConfig, num_ranks: int, micro_batch_size: int) -> 
     is_cut = 0 < chunk_tokens < num_tokens
     num_tokens = chunk_tokens if is_cut else num_tokens
     has_sums = is_cut or micro_batch_size < config.sequences_per_step // num_ranks
-    compiled = config.engine.compile != "false" and config.engine.zero_stage < 3
+    compiled = config.engine.compile != "false"
     backward = {
         **state_parts(config, num_ranks, has_sums),
         "copied gradients": 0,
