@@ -58,7 +58,6 @@ def before(owner: Any, name: str, action: Callable[[], None]) -> None:
 
 def impatient() -> None:
     """Short waits: tests have no minutes."""
-    distributed.JOIN_SECONDS = 6.0
     watchdog.POLL_SECONDS, watchdog.WAITING_SECONDS = 0.2, 1.0
     watchdog.FROZEN_SECONDS, watchdog.GONE_SECONDS = 1.5, 1.0
     interrupt.POLL_SECONDS, interrupt.LEAVE_SECONDS = 0.2, 2.0
@@ -136,6 +135,11 @@ def signal_after_steps(steps: list[int], number: int = signal.SIGTERM) -> None:
         return result
 
     Engine.train_step = patched
+
+
+def wait_briefly_for_others() -> None:
+    """A short wait for ranks that never come."""
+    distributed.JOIN_SECONDS = 6.0
 
 
 def never_start() -> None:

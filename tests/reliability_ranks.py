@@ -33,7 +33,7 @@ class Ranks:
     processes: list[BaseProcess]
     logs: list[Path]
 
-    def wait(self, timeout: float = 60) -> list[int | None]:
+    def wait(self, timeout: float = 120) -> list[int | None]:
         """Exit codes; None for a rank that is still there after `timeout` seconds (it is killed)."""
         deadline = time.monotonic() + timeout
         for process in self.processes:

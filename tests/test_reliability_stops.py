@@ -1,15 +1,17 @@
 """Requests to stop in every phase, ranks that die, stand still or are started twice."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from reliability_checks import wait_for
 from reliability_ranks import QUICK, train
 from training_helpers import ROOT, environment, lines, settings, write_text
 
@@ -25,13 +27,6 @@ WITH_ALL_PHASES = ("eval_every=1", "sample_every=1", "sample_tokens=8", "max_ste
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("corpus") / "text")
-
-
-def wait_for(condition, timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def assert_stopped_at_a_checkpoint(run_dir: Path) -> None:
@@ -119,6 +114,33 @@ def test_every_signal_to_the_launcher(phase, number, text, tmp_path):
     stop_the_launcher(text, tmp_path, phase, number)
 
 
+def family_of(pid: int) -> list[tuple[str, psutil.Process]]:
+    """Names and processes of all that a process has started and that still live."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append((process.name(), process))
+    return found
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles for a CPU with g++")
+@pytest.mark.parametrize("moment", ["tracing", "g++"])
+def test_a_signal_in_a_real_compilation_leaves_a_checkpoint_and_no_compiler(moment, text, tmp_path):
+    marker, run_dir = tmp_path / "marker", tmp_path / "run"
+    faults = {0: [("pause_in", "first compile", str(marker), 0.0)]}  # only says that it begins
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    more = ("max_steps=100000", "engine.compile=true", "tokenizer=bytes")
+    ranks = train(text, run_dir, *more, faults=faults, **caches)
+    wait_for(marker.exists, 120)
+    if moment == "g++":
+        wait_for(lambda: any("cc1plus" in name for name, _ in family_of(ranks.processes[0].pid)), 120)
+    family = [process for _, process in family_of(ranks.processes[0].pid)]
+    ranks.signal(signal.SIGTERM, 0)
+    assert ranks.wait(STOP_SECONDS) == [75], ranks.stderr()
+    assert not psutil.wait_procs(family, timeout=STOP_SECONDS)[1], "a compiler is left behind"
+    assert_stopped_at_a_checkpoint(run_dir)
+
+
 def test_a_stop_before_the_first_step_leaves_at_once(text, tmp_path):
     """Nothing is to be saved yet: the signalled rank leaves, the other hears of it."""
     faults = {rank: [("impatient",)] for rank in range(2)}
@@ -143,9 +165,9 @@ def test_a_rank_that_waits_for_one_that_never_came_leaves_at_once(text, tmp_path
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_rank_that_dies_before_it_joins_is_named_by_the_other(dead, text, tmp_path):
     """As after an import error; no launcher notices it here. The limit is 50 s, 6 in this test."""
-    faults = {1 - dead: [("impatient",)], dead: [("never_start",)]}
+    faults = {1 - dead: [("wait_briefly_for_others",)], dead: [("never_start",)]}
     ranks = train(text, tmp_path / "run", "max_steps=3", num_ranks=2, faults=faults)
-    codes = ranks.wait(40)
+    codes = ranks.wait()
     assert (codes[dead], codes[1 - dead]) == (-signal.SIGKILL, 1)
     expected = "rank 1 of 2 did not come within" if dead else "rank 0 was not at MASTER_PORT="
     assert expected in ranks.stderr(1 - dead)
