@@ -151,7 +151,7 @@ class KillTest:
             raise LegFailed(f"loading on {num_gpus} rank(s): {words}")
         started = time.monotonic()
         changes = {"save_every": "0", "resume": "must", "overwrite": "false", "max_steps": str(until)}
-        changes["schedule.total_steps"] = str(last)
+        changes["schedule.total_steps"] = str(self.point.config.schedule.total_steps or last)
         if self._start(name, self._train(changes), num_gpus, devices).wait() != 0:
             raise LegFailed(f"resuming on {num_gpus} rank(s): {self._last_words(name)}")
         return {
