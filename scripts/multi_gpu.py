@@ -26,6 +26,9 @@ from training.sweep_command import run_sweep
 from training.sweep_runner import free_devices
 
 TOKENS_PER_GPU = 65536
+# The runs are the first steps of a longer one: squeezed into 50 steps, its warm-up would be 5 steps of large
+# learning rates, in which any difference of rounding grows to 2e-2 of loss.
+SCHEDULE_STEPS = 2000
 PARTS = ("runs", "kill")
 
 
@@ -125,7 +128,7 @@ def _sweep(config: MultiGpuConfig, num_gpus: int, count: int) -> SweepDefinition
         steps=config.steps,
         skip_steps=config.skip_steps,
         num_gpus=count,
-        settings=config.settings,
+        settings=[f"schedule.total_steps={SCHEDULE_STEPS}", *config.settings],
         cross=[f"engine={','.join(engines)}"],
     )
 
