@@ -1,4 +1,7 @@
-"""Without a CUDA device Triton runs in its interpreter, which must be set before it is imported."""
+"""Without a CUDA device Triton runs in its interpreter, which must be set before it is imported.
+
+After the full reliability tests (`make torture`) a table says which promises were kept, and the figures.
+"""
 
 import os
 
@@ -14,3 +17,26 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [
+        report
+        for outcome in ("passed", "failed", "error")
+        for report in terminalreporter.stats.get(outcome, [])
+        if "torture" in report.keywords and (report.when == "call" or report.failed)
+    ]
+    promises = {}
+    for report in reports:
+        file, name = report.nodeid.split("[")[0].split("::")
+        promises.setdefault((file, name), []).append(report)
+    if promises:
+        terminalreporter.write_line("\n| promise | held | figures | minutes |\n| --- | --- | --- | ---: |")
+    for (file, name), cases in sorted(promises.items()):
+        promise = f"{file.removeprefix('tests/test_reliability_').removesuffix('.py')}: " + name[5:].replace(
+            "_", " "
+        )
+        held = f"{sum(case.passed for case in cases)} of {len(cases)}"
+        figures = "; ".join(text for case in cases for key, text in case.user_properties if key == "figure")
+        minutes = sum(case.duration for case in cases) / 60
+        terminalreporter.write_line(f"| {promise} | {held} | {figures} | {minutes:.1f} |")

@@ -94,7 +94,7 @@ def test_a_start_without_room_for_its_checkpoints_is_refused(tmp_path, monkeypat
 
 
 @pytest.mark.torture
-def test_ten_fill_levels_while_saving(text, tmp_path):
+def test_ten_fill_levels_while_saving(text, tmp_path, record_property):
     """A checkpoint has 345 KiB, so there is room for a part of one."""
     for left_kib in (0, 8, 40, 80, 120, 160, 200, 240, 280, 320):
         with small_disk(tmp_path / f"disk{left_kib}", 4096) as disk:
@@ -105,11 +105,11 @@ def test_ten_fill_levels_while_saving(text, tmp_path):
             assert_clear_end(ranks, 2)
             assert_nothing_half_written(disk)
             assert newest_checkpoint(disk / "run/checkpoints").step >= 2
-    print("\ndisk full while saving: 10/10 levels end with a message, last checkpoint whole, no temporaries")
+    record_property("figure", "10 of 10 levels end with a message, the last checkpoint whole, no temporaries")
 
 
 @pytest.mark.torture
-def test_ten_fill_levels_while_logging(text, tmp_path):
+def test_ten_fill_levels_while_logging(text, tmp_path, record_property):
     for left_kib in range(0, 40, 4):
         with small_disk(tmp_path / f"disk{left_kib}", 4096) as disk:
             more = ["schedule.total_steps=100"]
@@ -121,11 +121,11 @@ def test_ten_fill_levels_while_logging(text, tmp_path):
             assert_nothing_half_written(disk)
             assert newest_checkpoint(disk / "run/checkpoints").step == 2
             assert max(lines(disk / "run")) >= 2
-    print("\ndisk full while logging: 10/10 levels end with a message, last checkpoint whole, no temporaries")
+    record_property("figure", "10 of 10 levels end with a message, the last checkpoint whole, no temporaries")
 
 
 @pytest.mark.torture
-def test_ten_fill_levels_while_preparing(text, tmp_path):
+def test_ten_fill_levels_while_preparing(text, tmp_path, record_property):
     for left_kib in range(0, 40, 4):
         with small_disk(tmp_path / f"disk{left_kib}", 4096) as disk:
             more = ["max_steps=2", f"data.cache_dir={disk / 'cache'}"]
@@ -135,4 +135,4 @@ def test_ten_fill_levels_while_preparing(text, tmp_path):
             assert_nothing_half_written(disk)
             (disk / "filler").unlink()
             assert train(text, tmp_path / "run", *more, "resume=never", "overwrite=true").wait() == [0]
-    print("\ndisk full while preparing data: 10/10 levels end with a message; the next start goes on")
+    record_property("figure", "10 of 10 levels end with a message; the next start goes on")

@@ -569,15 +569,19 @@ def test_hostile_files_are_refused(clean, tmp_path):
 
 
 @pytest.mark.torture
-def test_every_hostile_file_through_every_command(clean, tmp_path):
+def test_every_hostile_file_through_every_command(clean, tmp_path, record_property):
     worst_seconds = worst_mib = 0.0
     for payload, command in PAIRS:
         report = assert_refused(clean, tmp_path / f"{payload.__name__}-{command}", payload, command)
         assert report["seconds"] < SECONDS, (payload.__name__, command, report)
         worst_seconds, worst_mib = max(worst_seconds, report["seconds"]), max(worst_mib, report["mib"])
     payloads = len({payload for payload, _ in PAIRS})
-    print(f"\nhostile files: 0 of {payloads} payloads in {len(PAIRS)} commands ran code or opened a file")
-    print(f"outside; at most {worst_seconds:.2f} s of processor time and {worst_mib:.0f} MiB to be refused")
+    record_property(
+        "figure", f"0 of {payloads} payloads, {len(PAIRS)} combinations, ran code or opened a file outside"
+    )
+    record_property(
+        "figure", f"at most {worst_seconds:.2f} s of processor time and {worst_mib:.0f} MiB to be refused"
+    )
 
 
 def mutated(content: bytes, numbers: random.Random) -> bytes:
@@ -719,10 +723,10 @@ def test_mutated_files_are_refused_or_right(kind, clean, tmp_path):
 
 @pytest.mark.torture
 @pytest.mark.parametrize("kind", FUZZED)
-def test_ten_minutes_of_mutated_files(kind, clean, tmp_path):
+def test_ten_minutes_of_mutated_files(kind, clean, tmp_path, record_property):
     """A third of them for each kind."""
     count = fuzz(kind, clean, tmp_path, 200)
-    print(f"\nfuzzing {kind.__name__.lower()} for 200 s: 0 crashes in {count} mutations")
+    record_property("figure", f"{kind.__name__.lower()}: 0 crashes in {count:,} mutations")
 
 
 def test_an_evaluation_says_what_a_checkpoint_makes_it_read_and_writes_in_its_own_cache(clean, tmp_path):

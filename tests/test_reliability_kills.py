@@ -84,7 +84,6 @@ def test_ten_stops_at_any_step(stage, num_ranks, accumulation, text, whole, tmp_
     stops = random.Random(stage * 100 + num_ranks * 10 + accumulation).sample(range(1, STEPS), 10)
     reference = whole(stage, num_ranks, micro_batch_size)
     stop_and_go_on(text, tmp_path / "run", reference, stage, num_ranks, micro_batch_size, stops)
-    print(f"\nexact resume, ZeRO {stage}, {num_ranks} ranks, accumulation {accumulation}: 10/10 stops")
 
 
 def kill_while_writing(text, run_dir: Path, shape, victim: int, count: int) -> None:
@@ -125,7 +124,7 @@ def test_kills_inside_saves_lose_nothing(text, whole, tmp_path):
 
 
 @pytest.mark.torture
-def test_fifty_kills(text, tmp_path):
+def test_fifty_kills(text, tmp_path, record_property):
     """Thirty before a random write of one rank, ten of all ranks and ten of one at a random time."""
     numbers, run_dir, step, inside = random.Random(0), tmp_path / "run", 0, 0
     shape = (*SHAPE, "max_steps=400")
@@ -145,7 +144,9 @@ def test_fifty_kills(text, tmp_path):
     assert train(text, run_dir, *shape, num_ranks=2).wait(240) == [0, 0]
     assert train(text, tmp_path / "whole", *shape, num_ranks=2).wait(240) == [0, 0]
     assert_same_run(run_dir, tmp_path / "whole", 400)
-    print(f"\nkill -9: 50/50 resumed unaided, {inside} of them inside a save; curve bit-identical")
+    record_property(
+        "figure", f"50 of 50 resumed unaided, {inside} of them inside a save; curve bit-identical"
+    )
 
 
 SOURCES = ((1, 3), (2, 1), (4, 2))  # ranks and stage that a checkpoint is saved at
@@ -190,7 +191,7 @@ def test_a_checkpoint_goes_on_at_other_ranks_and_stages(text, tmp_path):
 
 @pytest.mark.torture
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("bf16", 2e-3)])
-def test_every_change_of_ranks_and_stage(precision, limit, text, tmp_path):
+def test_every_change_of_ranks_and_stage(precision, limit, text, tmp_path, record_property):
     """At the default learning rate. What differs is rounding, which training amplifies."""
     more = ("optim.lr=0.001", f"engine.precision={precision}")
     drifts, nudged = dict.fromkeys(range(4), 0.0), 0.0
@@ -201,15 +202,13 @@ def test_every_change_of_ranks_and_stage(precision, limit, text, tmp_path):
             drifts[stage] = max(drifts[stage], follow(text, folder, source, targets, 50, *more))
         nudged = max(nudged, follow(text, folder, source, [source], 50, *more, nudge=True))
     found = ", ".join(f"{drift:.1e} at ZeRO {stage}" for stage, drift in drifts.items())
-    print(
-        f"\nother ranks and stages, {precision}: 36/36 loaded bit for bit; the next 50 losses within {found};"
-    )
-    print(f"weights one fp32 number higher, at the same ranks and stage: {nudged:.1e}")
+    record_property("figure", f"{precision}: 36 of 36 loaded bit for bit; the next 50 losses within {found}")
+    record_property("figure", f"weights one fp32 number higher, same ranks and stage: {nudged:.1e}")
     assert max(drifts.values()) < limit
 
 
 @pytest.mark.torture
-def test_what_bf16_rounding_does_at_three_times_the_learning_rate(text, tmp_path):
+def test_what_bf16_rounding_does_at_three_times_the_learning_rate(text, tmp_path, record_property):
     """Resumes elsewhere can exceed 2e-3 here, as can a change of the last bit of the fp32 weights."""
     more = ("optim.lr=0.003", "engine.precision=bf16")
     drift = nudged = 0.0
@@ -217,7 +216,9 @@ def test_what_bf16_rounding_does_at_three_times_the_learning_rate(text, tmp_path
         folder, targets = tmp_path / str(source[0]), [(1, 0), (1, 1), (2, 3)]
         drift = max(drift, follow(text, folder, source, targets, 50, *more))
         nudged = max(nudged, follow(text, folder, source, [source], 50, *more, nudge=True))
-    print(f"\nbf16, learning rate 0.003: other ranks and stages {drift:.1e}, nudged weights {nudged:.1e}")
+    record_property(
+        "figure", f"other ranks and stages {drift:.1e}; weights one fp32 number higher {nudged:.1e}"
+    )
     assert drift < 3 * nudged
 
 
@@ -272,11 +273,11 @@ def test_damage_is_found_and_the_last_valid_checkpoint_taken(kind, whole, tmp_pa
 
 
 @pytest.mark.torture
-def test_every_damage(whole, tmp_path):
+def test_every_damage(whole, tmp_path, record_property):
     for seed in range(40):
         for kind in DAMAGES:
             assert_found(whole(1, 2, 2), tmp_path / f"{kind}{seed}", kind, random.Random(seed))
-    print("\ndamaged checkpoints: 200/200 found and named, the one before taken")
+    record_property("figure", "200 of 200 found and named, the one before taken")
 
 
 def test_a_damaged_later_checkpoint_does_not_push_out_valid_ones(text, tmp_path):
