@@ -160,6 +160,13 @@ def _try_lock(path: Path) -> int | None:
             return descriptor
     except BlockingIOError:
         pass
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+            raise DataError(
+                f"{path} can't be locked ({error.strerror}): choose a data.cache_dir on another file system"
+            ) from None
+        raise
     except BaseException:
         os.close(descriptor)
         raise

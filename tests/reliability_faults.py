@@ -29,6 +29,7 @@ from training import (
     loop,
     metrics,
     report,
+    run_folder,
     setup,
     watchdog,
 )
@@ -289,6 +290,25 @@ def nudge_weights() -> None:
             weight.copy_(torch.nextafter(weight, torch.full_like(weight, torch.inf)))
 
     Engine.load = patched
+
+
+def break_wandb() -> None:
+    """Let Weights & Biases fail at every call, as when its service has died."""
+    import wandb
+
+    def fail(*_, **__):
+        raise ConnectionError("the service is gone")
+
+    wandb.Run.log = wandb.Run.finish = fail
+
+
+def no_locks() -> None:
+    """Let no file of the run be locked, as on some network file systems."""
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    run_folder.fcntl = types.SimpleNamespace(flock=flock, LOCK_EX=0, LOCK_NB=0)
 
 
 def bad_batch(batches: list[int], rise: float) -> None:

@@ -93,6 +93,21 @@ def test_a_start_without_room_for_its_checkpoints_is_refused(tmp_path, monkeypat
         setup._check_space(config, folder, state)
 
 
+def test_weights_and_biases_may_fail_without_the_run(text, tmp_path):
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    faults = {0: [("break_wandb",)]}
+    ranks = train(text, tmp_path / "run", "max_steps=3", "wandb.enabled=true", faults=faults, **offline)
+    assert ranks.wait() == [0], ranks.stderr()
+    assert "Weights & Biases failed (ConnectionError: the service is gone)" in ranks.stderr()
+    assert sorted(lines(tmp_path / "run")) == [1, 2, 3]
+
+
+def test_a_file_system_without_locks_is_said_and_trained_on(text, tmp_path):
+    ranks = train(text, tmp_path / "run", "max_steps=1", faults={0: [("no_locks",)]})
+    assert ranks.wait() == [0], ranks.stderr()
+    assert "its file system can't lock files (Function not implemented)" in ranks.stderr()
+
+
 @pytest.mark.torture
 def test_ten_fill_levels_while_saving(text, tmp_path, record_property):
     """A checkpoint has 345 KiB, so there is room for a part of one."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from reliability_checks import assert_same_state
-from reliability_ranks import train
+from reliability_ranks import launch, train
 from training_helpers import lines, write_text
 
 from training.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, open_checkpoint
@@ -289,6 +289,27 @@ def test_a_damaged_later_checkpoint_does_not_push_out_valid_ones(text, tmp_path)
     ranks = train(text, run_dir, *more, faults={0: [("signal_after_steps", [3])]})
     assert ranks.wait() == [75], ranks.stderr()
     assert newest_checkpoint(run_dir / "checkpoints").step == 3
+
+
+def test_a_run_folder_that_was_renamed_goes_on_and_a_checkpoint_copied_out_of_it_stands_alone(text, tmp_path):
+    run_dir, moved, copy = tmp_path / "run", tmp_path / "elsewhere" / "moved", tmp_path / "best"
+    more = ("schedule.total_steps=6", "eval_every=2")
+    assert train(text, run_dir, *more, "max_steps=6").wait() == [0]
+    whole = tmp_path / "whole"
+    run_dir.rename(whole)
+    assert train(text, run_dir, *more, "max_steps=4").wait() == [0]
+    moved.parent.mkdir()
+    run_dir.rename(moved)
+    assert train(text, moved, *more, "max_steps=6").wait() == [0]
+    assert_same_state(moved, whole, 6)
+    shutil.copytree(moved / "checkpoints/step_00000006", copy)
+    shutil.rmtree(moved)
+    evaluated = launch(tmp_path / "eval", [f"checkpoint={copy}", "seq_lens=[32]"], command="eval.py")
+    assert evaluated.wait() == [0], evaluated.stderr()
+    assert list((copy / "eval").iterdir())
+    assert open_checkpoint(copy).step == 6
+    started = train(text, tmp_path / "next", "max_steps=1", f"init_from={copy}")
+    assert started.wait() == [0], started.stderr()
 
 
 def test_changed_data_is_refused_at_resume_unless_that_is_allowed(tmp_path):

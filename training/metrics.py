@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from training.errors import SettingError
 
 FILE_LIMIT_BYTES = 2**30  # of metrics.jsonl: three million lines
 LINE_LIMIT_BYTES = 2**20
+WANDB_FINISH_SECONDS = 10.0  # to upload what is left; a launcher kills 30 s after it asked to stop
 LARGEST_NUMBER = 1e18  # nothing that a run counts or measures comes near
 
 # Dense bf16 peaks in FLOP/s from the vendors' data sheets; a device that is not here has no MFU.
@@ -207,7 +208,8 @@ def duration(seconds: float) -> str:
 class WandbRun:
     """Weights & Biases: the same lines as metrics.jsonl, in one run across resumes.
 
-    WANDB_MODE says whether it is online; without it, a key in the environment does.
+    WANDB_MODE says whether it is online; without it, a key in the environment does. What fails later than
+    the start is said once and doesn't stop the run: metrics.jsonl is the record.
 
     Raises:
         SettingError: the service can't be reached, or refuses.
@@ -216,6 +218,7 @@ class WandbRun:
     def __init__(self, config: TrainConfig, run_id: str) -> None:
         import wandb
 
+        self._has_failed = False
         mode: Any = os.environ.get("WANDB_MODE") or (
             "online" if os.environ.get("WANDB_API_KEY") else "offline"
         )
@@ -228,6 +231,7 @@ class WandbRun:
                 mode=mode,
                 dir=config.run_dir,
                 config=to_dict(config),
+                settings=wandb.Settings(finish_timeout=WANDB_FINISH_SECONDS),
             )
         except wandb.errors.Error as error:
             reason = str(error).splitlines()[0][:200]
@@ -236,7 +240,18 @@ class WandbRun:
             ) from None
 
     def write(self, values: dict[str, Any]) -> None:
-        self._run.log(values, step=values["step"])
+        """Send a line, unless sending has failed before."""
+        if not self._has_failed:
+            self._try(lambda: self._run.log(values, step=values["step"]))
 
     def close(self) -> None:
-        self._run.finish()
+        """Send what is left, within WANDB_FINISH_SECONDS."""
+        self._try(self._run.finish)
+
+    def _try(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except Exception as error:  # whatever its service or the network raises
+            self._has_failed = True
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            print(f"Weights & Biases failed ({reason}): going on without it.", file=sys.stderr, flush=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 from data.files import explain_write_errors
 from training.errors import SettingError
+
+CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # some network file systems
 
 
 class RunFolder:
@@ -104,6 +108,14 @@ class RunFolder:
                 f"run_dir={self.path} is being trained by {holder or 'another process'}. "
                 "Wait for it, stop it, or choose another run_dir."
             ) from None
+        except OSError as error:
+            if error.errno not in CANNOT_LOCK:
+                raise
+            print(
+                f"run_dir={self.path}: its file system can't lock files ({error.strerror}). "
+                "Make sure yourself that nothing else trains there.",
+                file=sys.stderr,
+            )
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._lock = descriptor
