@@ -138,11 +138,6 @@ def signal_after_steps(steps: list[int], number: int = signal.SIGTERM) -> None:
     Engine.train_step = patched
 
 
-def wait_briefly_for_others() -> None:
-    """A short wait for ranks that never come."""
-    distributed.JOIN_SECONDS = 6.0
-
-
 def never_start() -> None:
     """kill -9 this process before it has joined the others."""
     os.kill(os.getpid(), signal.SIGKILL)

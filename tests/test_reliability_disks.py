@@ -93,6 +93,15 @@ def test_a_start_without_room_for_its_checkpoints_is_refused(tmp_path, monkeypat
         setup._check_space(config, folder, state)
 
 
+def test_a_full_disk_of_compiled_code_is_named(text, tmp_path):
+    with small_disk(tmp_path / "disk", 100) as disk:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": str(disk / "cache")}
+        ranks = train(text, tmp_path / "run", "max_steps=3", "engine.compile=true", **caches)
+        assert ranks.wait() == [1]
+    assert "no space left where compiled code is kept" in ranks.stderr()
+    assert newest_checkpoint(tmp_path / "run/checkpoints").step == 0
+
+
 def test_weights_and_biases_may_fail_without_the_run(text, tmp_path):
     offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     faults = {0: [("break_wandb",)]}

@@ -165,8 +165,8 @@ def test_a_rank_that_waits_for_one_that_never_came_leaves_at_once(text, tmp_path
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_rank_that_dies_before_it_joins_is_named_by_the_other(dead, text, tmp_path):
     """As after an import error; no launcher notices it here. The limit is 50 s, 6 in this test."""
-    faults = {1 - dead: [("wait_briefly_for_others",)], dead: [("never_start",)]}
-    ranks = train(text, tmp_path / "run", "max_steps=3", num_ranks=2, faults=faults)
+    more = ("max_steps=3", "engine.join_seconds=6")
+    ranks = train(text, tmp_path / "run", *more, num_ranks=2, faults={dead: [("never_start",)]})
     codes = ranks.wait()
     assert (codes[dead], codes[1 - dead]) == (-signal.SIGKILL, 1)
     expected = "rank 1 of 2 did not come within" if dead else "rank 0 was not at MASTER_PORT="

@@ -75,6 +75,7 @@ class EngineConfig:
         0  # tokens; a longer micro-batch is computed in chunks that carry the state, exactly
     )
     timeout_minutes: float = 30.0  # a collective that takes longer ends the run
+    join_seconds: float = 50.0  # ranks that come later than this after another end the start
     watchdog_seconds: float = 300.0  # training in which no rank gets on for so long ends the run
 
     def __post_init__(self) -> None:
@@ -97,6 +98,8 @@ class EngineConfig:
             raise SettingError(f"engine.sequence_chunk={self.sequence_chunk} must be 0 (whole) or tokens.")
         if not self.timeout_minutes > 0:
             raise SettingError(f"engine.timeout_minutes={self.timeout_minutes} must be above 0.")
+        if not self.join_seconds > 0:
+            raise SettingError(f"engine.join_seconds={self.join_seconds} must be above 0.")
         if not self.watchdog_seconds > 0:
             raise SettingError(f"engine.watchdog_seconds={self.watchdog_seconds} must be above 0.")
 

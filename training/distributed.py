@@ -114,13 +114,12 @@ class World:
         return value
 
 
-def start(timeout_minutes: float, join_seconds: float | None = None) -> World:
+def start(timeout_minutes: float, join_seconds: float = JOIN_SECONDS) -> World:
     """Join the process group that the launcher describes, or form a group of one.
 
     Args:
         timeout_minutes: how long a collective may take before the run ends.
-        join_seconds: how long to wait for the other ranks (None: JOIN_SECONDS) before saying which are
-            missing and ending this process.
+        join_seconds: how long to wait for the other ranks before saying which are missing and leaving.
     """
     check_launcher()
     if "RANK" not in os.environ:
@@ -134,7 +133,7 @@ def start(timeout_minutes: float, join_seconds: float | None = None) -> World:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    store = _meet(rank, size, join_seconds or JOIN_SECONDS)
+    store = _meet(rank, size, join_seconds)
     timeout = timedelta(minutes=timeout_minutes)
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -154,7 +153,7 @@ def _meet(rank: int, size: int, join_seconds: float) -> dist.Store:
     except dist.DistNetworkError as error:
         where = f"MASTER_PORT={os.environ['MASTER_PORT']} on {os.environ['MASTER_ADDR']}"
         if rank > 0 and "timed out" in str(error):
-            _leave(f"rank 0 was not at {where} within {join_seconds:.0f} s: see what it said.")
+            _leave(f"rank 0 was not at {where} within {join_seconds:.0f} s (engine.join_seconds).")
         raise SettingError(
             f"{where} can't be used ({str(error)[:60]}…). "
             "Another job may hold it: give the launcher another --master_port."
@@ -171,7 +170,7 @@ def _meet(rank: int, size: int, join_seconds: float) -> dist.Store:
         _leave("rank 0 has left before all ranks had come: see what it said.")
     if missing:
         names = ", ".join(map(str, missing))
-        _leave(f"rank {names} of {size} did not come within {join_seconds:.0f} s: see what it said.")
+        _leave(f"rank {names} of {size} did not come within {join_seconds:.0f} s (engine.join_seconds).")
     return store
 
 

@@ -184,8 +184,9 @@ class Engine:
                 self.deepspeed, self.model.config, chunks, scale, self.world.device, is_last
             )
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
-        loss = self._loss(batch)
-        self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+        with _explain_full_caches():
+            loss = self._loss(batch)
+            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
         return loss.detach()
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -344,6 +345,20 @@ class Engine:
     def close(self) -> None:
         """Free DeepSpeed's hooks and buffers."""
         self.deepspeed.destroy()
+
+
+@contextlib.contextmanager
+def _explain_full_caches() -> Iterator[None]:
+    """Compilers keep what they made on a disk, by default in /tmp; inductor hides that it is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "No space left on device" not in str(error):
+            raise
+        raise RuntimeError(
+            "no space left where compiled code is kept: free some, or set TORCHINDUCTOR_CACHE_DIR and "
+            "TRITON_CACHE_DIR to folders on another disk."
+        ) from None
 
 
 def deepspeed_config(config: TrainConfig, micro_batch_size: int, accumulation_steps: int) -> dict:

@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> int:
     interrupt = Interrupt()
     try:
         with interrupt.at_once():
-            world = distributed.start(config.engine.timeout_minutes)
+            world = distributed.start(config.engine.timeout_minutes, config.engine.join_seconds)
             world.on_first(lambda: folder.enter(config.resume, config.overwrite))
             start_id = world.from_first(uuid.uuid4().hex)
         with Watchdog(folder, world, interrupt, start_id, config.engine.watchdog_seconds) as watchdog:
