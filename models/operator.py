@@ -19,7 +19,7 @@ try:
     from kernels.quadratic import quadratic_attention
 except ImportError:
     cross_entropy = torch_cross_entropy
-    quadratic_attention = torch_quadratic_attention
+    quadratic_attention = torch_quadratic_attention  # type: ignore[assignment]
 
     def lightning_attention(
         q: Tensor,

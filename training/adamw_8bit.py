@@ -10,6 +10,7 @@ Shapes: E elements of a parameter or flat tensor, K = ceil(E / 256) blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
-        self.compiled = None
+        self.compiled: Callable[..., None] | None = None
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
@@ -42,7 +43,8 @@ class AdamW8bit(torch.optim.Optimizer):
                     self._update(p, group)
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
+        state, gradient = self.state[p], p.grad
+        assert gradient is not None
         if not state:
             state |= _zero_state(p)
         state["step"] += 1
@@ -54,15 +56,16 @@ class AdamW8bit(torch.optim.Optimizer):
         for first in range(0, whole, SLICE_BLOCKS):
             blocks = slice(first, min(first + SLICE_BLOCKS, whole))
             elements = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
-            weights, gradients = (x.reshape(-1)[elements].view(-1, BLOCK) for x in (p, p.grad))
+            weights, gradients = (x.reshape(-1)[elements].view(-1, BLOCK) for x in (p, gradient))
             self._kernel(p.device)(weights, gradients, *(state[name][blocks] for name in CODES), scalars)
         if p.numel() % BLOCK:
             rest = slice(whole * BLOCK, None)
-            weights, gradients = (_padded(x.reshape(-1)[rest]) for x in (p, p.grad))
-            update_blocks(weights, gradients, *(state[name][whole:] for name in CODES), scalars)
+            weights, gradients = (_padded(x.reshape(-1)[rest]) for x in (p, gradient))
+            rest_of_state = (state[name][whole:] for name in CODES)
+            update_blocks(weights, gradients, *rest_of_state, scalars)  # type: ignore[call-arg]
             p.view(-1)[rest] = weights.view(-1)[: p.numel() % BLOCK]
 
-    def _kernel(self, device: torch.device):
+    def _kernel(self, device: torch.device) -> Callable[..., None]:
         """The update as one fused kernel on a GPU."""
         if device.type != "cuda":
             return update_blocks

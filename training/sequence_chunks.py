@@ -87,16 +87,19 @@ def backward_in_chunks(
         if chunk.goes_on:  # a product whose derivative by the state is the gradient handed back
             objective += sum((x * g).sum() for x, g in zip(_end(state), gradients, strict=True))
         engine.backward(objective, scale_wrt_gas=False)
-        gradients = [x.grad for x in border]
+        gradients = [x.grad for x in border if x.grad is not None]
         total += loss.detach()
     return total
 
 
 def _to(chunk: Chunk, device: torch.device) -> Chunk:
-    moved = [x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in chunk]
-    if moved[2] is not None:
-        torch._dynamo.maybe_mark_dynamic(moved[2], 0)
-    return Chunk(*moved)
+    def moved(x: Any) -> Any:
+        return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+
+    chunk = Chunk(*map(moved, chunk))
+    if chunk.cu_seqlens is not None:
+        torch._dynamo.maybe_mark_dynamic(chunk.cu_seqlens, 0)
+    return chunk
 
 
 def _zero_states(config: ModelConfig, num_rows: int, device: torch.device) -> list[Tensor]:
