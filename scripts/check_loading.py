@@ -3,7 +3,7 @@
     deepspeed --module scripts.check_loading checkpoint=outputs/x zero_stage=3
     python -m scripts.check_loading checkpoint=outputs/x/checkpoints/step_00001000
 
-Compared are the fp32 weights, both moments, and below stage 3 the weights used in compute. Exit 0 if all are
+Compared are the fp32 weights, their moments, and below stage 3 the weights used in compute. Exit 0 if all are
 equal, 1 if not.
 """
 
@@ -20,24 +20,23 @@ from training import distributed
 from training.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint
 from training.config import EngineConfig, TrainConfig, load_saved_config, model_config_from, run_command
 from training.distributed import World
-from training.engine import KINDS, Engine
+from training.engine import Engine
 from training.errors import SettingError
+from training.optimizer import OptimConfig
 
 
 @dataclass(kw_only=True, slots=True)
 class CheckLoadingConfig:
     """What to load, and how."""
 
-    checkpoint: str = ""  # a run folder (its newest valid checkpoint) or a checkpoint
+    checkpoint: str | None = None  # a run folder (its newest valid checkpoint) or a checkpoint
     zero_stage: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.checkpoint:
-            raise SettingError("checkpoint= is missing: give a run folder or a checkpoint.")
 
 
 def main(config: CheckLoadingConfig) -> int:
     """Load, compare, and say what came out on the first rank; 0 if every bit is equal."""
+    if config.checkpoint is None:
+        raise SettingError("checkpoint= is missing: give a run folder or a checkpoint.")
     world = distributed.start(timeout_minutes=5)
     try:
         checkpoint = _find(Path(config.checkpoint))
@@ -46,7 +45,7 @@ def main(config: CheckLoadingConfig) -> int:
         differing, num_values = _compare(engine, checkpoint)
         differing = [name for names in world.gather(differing) for name in names]
         total = int(world.sum([float(num_values)])[0])
-        expected = len(KINDS) * sum(math.prod(shape) for shape in checkpoint.shapes.values())
+        expected = sum(math.prod(checkpoint.shapes[name]) for _, name in checkpoint.fragments)
         if total != expected:
             differing.append(f"{expected - total:,} values that no rank holds")
         if world.is_first:
@@ -73,7 +72,8 @@ def _engine(checkpoint: Checkpoint, zero_stage: int, world: World) -> tuple[Engi
     path = checkpoint.folder / "config.yaml"
     saved = load_saved_config(path)
     engine = EngineConfig(zero_stage=zero_stage, precision=str(saved["engine"]["precision"]), compile="false")
-    config = TrainConfig(model=model_config_from(saved, path), engine=engine)
+    optim = OptimConfig(name=str(saved["optim"]["name"]))
+    config = TrainConfig(model=model_config_from(saved, path), engine=engine, optim=optim)
     model = TransNormer(config.model)
     return Engine(model, config, world, accumulation_steps=1, micro_batch_size=1), engine.precision
 
