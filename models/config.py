@@ -7,7 +7,9 @@ Sizes are in features (D hidden, H heads, d = D / H head dim) or tokens (V vocab
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import get_type_hints
 
 # One chunk length for all FLOP counts, whatever the kernel uses, so that figures stay comparable.
 FLOP_CHUNK_TOKENS = 64
@@ -60,6 +62,12 @@ class ModelConfig:
     activation_checkpointing: str = "none"  # backward recomputes; selective: all but products and attention
 
     def __post_init__(self) -> None:
+        for key, kind in get_type_hints(ModelConfig).items():
+            value = getattr(self, key)
+            if not isinstance(value, (int, float) if kind is float else kind):
+                raise ValueError(
+                    f"model.{key}={str(value)[:80]!r} must be of type {getattr(kind, '__name__', kind)}."
+                )
         for key, allowed in CHOICES.items():
             value = getattr(self, key)
             if value not in allowed:
@@ -75,6 +83,9 @@ class ModelConfig:
             raise ValueError(
                 f"model.softmax_every={self.softmax_every} must be 0 (none) or a number of layers."
             )
+        for key in ("init_std", "rope_base"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"model.{key}={getattr(self, key)} must be above 0.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout} must be at least 0 and below 1.")
         if self.hidden_size % self.num_heads:
