@@ -73,9 +73,31 @@ def task_rows(task, cu_seqlens, N, P, H, num_tasks, C: gl.constexpr, REVERSE: gl
 
 
 @gluon.jit
+def state_offset(i_seq, i_p, i_h, P, H, SIZE: gl.constexpr):
+    """Of the state before segment i_p > 0 in the states of segments (S, P - 1, H, D, D)."""
+    return ((i_seq * (P - 1) + i_p - 1) * H + i_h).to(gl.int64) * SIZE
+
+
+@gluon.jit
 def coordinates(begin, length, row, column):
     """Where a tile starts in a descriptor of describe_rows that is to end `length` rows after `begin`."""
     return [MOST_ROWS, begin + length, MOST_ROWS - length + row, column]
+
+
+@gluon.jit
+def make_barriers(STAGES: gl.constexpr):
+    """Of each stage full (rows have come) and empty (both groups are done), and exchanged of two buffers."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    exchanged = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(exchanged.index(i), count=2)
+    fence_async_shared()
+    thread_barrier()
+    return full, empty, exchanged
 
 
 @gluon.jit
@@ -124,12 +146,13 @@ def start_adding_rows(state, a, b, decay, weight, scale, layout: gl.constexpr, S
 
 @gluon.jit
 def load_rows(
-    descriptors, rings, full, empty, cu_seqlens, N, P, H, num_tasks,
+    descriptors, rings, barriers, cu_seqlens, N, P, H, num_tasks,
     STAGES: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     """The moving warp: fills the ring with the chunks of this program's tasks, in the order they are used."""
     C: gl.constexpr = rings[0].shape[1]
     D: gl.constexpr = rings[0].shape[2]
+    full, empty = barriers[0], barriers[1]
     n = 0
     for task in range(gl.program_id(0), num_tasks, gl.num_programs(0)):
         _, _, i_h, begin, length, first, last = task_rows(task, cu_seqlens, N, P, H, num_tasks, C, REVERSE)
@@ -148,7 +171,7 @@ def load_rows(
 
 @gluon.jit
 def walk_chunks(
-    state, n, d_o, s_q, s_k, s_v, s_state, s_o, s_p, full, empty, p_ready,
+    state, n, d_o, s_q, s_k, s_v, s_state, s_o, s_p, barriers,
     log2_decay, scale, i_h, begin, length, first, last,
     STAGES: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
@@ -164,6 +187,7 @@ def walk_chunks(
     p_operand: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_operand: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
 
+    full, empty, p_ready = barriers
     o_q = gl.arange(0, C, gl.SliceLayout(1, p_layout))
     o_k = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, p_layout))
     b_decay = decay_powers(log2_decay, o_q[:, None] - o_k[None, :])  # [C of q, ROWS of k]
@@ -198,7 +222,7 @@ def walk_chunks(
 
 @gluon.jit
 def walk_columns(
-    d_o, s_q, s_k, s_v, s_state, s_o, s_p, full, empty, p_ready,
+    d_o, s_q, s_k, s_v, s_state, s_o, s_p, barriers,
     slopes, initial_state, final_state, segment_states, cu_seqlens, N, P, H, num_tasks,
     STAGES: gl.constexpr, GROUP: gl.constexpr, TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
@@ -221,8 +245,7 @@ def walk_columns(
         whole = (i_seq * H + i_h).to(gl.int64) * (D * D) + offsets
         state = gl.zeros([HALF, D], gl.float32, s_layout)
         if i_p > 0:
-            before = ((i_seq * (P - 1) + i_p - 1) * H + i_h).to(gl.int64) * (D * D) + offsets
-            state = gl.load(segment_states + before)
+            state = gl.load(segment_states + state_offset(i_seq, i_p, i_h, P, H, D * D) + offsets)
         elif initial_state is not None:
             state = gl.load(initial_state + whole)
         slope = gl.load(slopes + i_h)
@@ -230,13 +253,13 @@ def walk_columns(
         if slope < SPLIT_BELOW:
             scale = state_scale(log2_decay, gl.SliceLayout(0, s_layout), C)
             state, n = walk_chunks(
-                state / scale, n, d_o, s_q, s_k, s_v, s_state, s_o, s_p, full, empty, p_ready,
+                state / scale, n, d_o, s_q, s_k, s_v, s_state, s_o, s_p, barriers,
                 log2_decay, scale, i_h, begin, length, first, last, STAGES, GROUP, True,
             )  # fmt: skip
             state *= scale
         else:
             state, n = walk_chunks(
-                state, n, d_o, s_q, s_k, s_v, s_state, s_o, s_p, full, empty, p_ready,
+                state, n, d_o, s_q, s_k, s_v, s_state, s_o, s_p, barriers,
                 log2_decay, 1.0, i_h, begin, length, first, last, STAGES, GROUP, False,
             )  # fmt: skip
         if final_state is not None and i_p == P - 1:
@@ -262,30 +285,21 @@ def walk_kernel(
     s_state = gl.allocate_shared_memory(dtype, [2, D // 2, D], whole)
     s_o = gl.allocate_shared_memory(dtype, [2, C, D // 2], half)
     s_p = gl.allocate_shared_memory(dtype, [4, C, C // 2], narrow)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    p_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(p_ready.index(i), count=2)
-    fence_async_shared()
-    thread_barrier()
+    barriers = make_barriers(STAGES)
     gl.warp_specialize(
         [
             (walk_columns, (
-                d_o, s_q, s_k, s_v, s_state.index(0), s_o.index(0), s_p, full, empty, p_ready,
+                d_o, s_q, s_k, s_v, s_state.index(0), s_o.index(0), s_p, barriers,
                 slopes, initial_state, final_state, segment_states, cu_seqlens, N, P, H, num_tasks,
                 STAGES, 0, TRANSPOSED,
             )),
             (walk_columns, (
-                d_o, s_q, s_k, s_v, s_state.index(1), s_o.index(1), s_p, full, empty, p_ready,
+                d_o, s_q, s_k, s_v, s_state.index(1), s_o.index(1), s_p, barriers,
                 slopes, initial_state, final_state, segment_states, cu_seqlens, N, P, H, num_tasks,
                 STAGES, 1, TRANSPOSED,
             )),
             (load_rows, (
-                (d_q, d_k, d_v), (s_q, s_k, s_v), full, empty, cu_seqlens, N, P, H, num_tasks, STAGES, False,
+                (d_q, d_k, d_v), (s_q, s_k, s_v), barriers, cu_seqlens, N, P, H, num_tasks, STAGES, False,
             )),
         ],
         [4, 1], [240, 24],
@@ -294,7 +308,7 @@ def walk_kernel(
 
 @gluon.jit
 def gradient_chunks(
-    e, n, d_out, s_x, s_y, s_z, s_q, s_do, s_e, s_out, full, empty, e_ready,
+    e, n, d_out, s_x, s_y, s_z, s_q, s_do, s_e, s_out, barriers,
     log2_decay, scale, i_h, begin, length, first, last,
     STAGES: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
@@ -308,6 +322,7 @@ def gradient_chunks(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
 
+    full, empty, e_ready = barriers
     o_x = gl.arange(0, C, gl.SliceLayout(1, p_layout))
     o_y = gl.arange(0, C, gl.SliceLayout(0, p_layout))
     o_out = gl.arange(0, C, gl.SliceLayout(1, layout))
@@ -341,7 +356,7 @@ def gradient_chunks(
 
 @gluon.jit
 def gradient_rows(
-    d_out, s_x, s_y, s_z, s_q, s_do, s_e, s_out, full, empty, e_ready,
+    d_out, s_x, s_y, s_z, s_q, s_do, s_e, s_out, barriers,
     slopes, grad_final, grad_initial, segment_grads, cu_seqlens, N, P, H, num_tasks,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -362,8 +377,7 @@ def gradient_rows(
         whole = (i_seq * H + i_h).to(gl.int64) * (D * D) + offsets
         e = gl.zeros([HALF, D], gl.float32, layout)
         if i_p > 0:
-            before = ((i_seq * (P - 1) + i_p - 1) * H + i_h).to(gl.int64) * (D * D) + offsets
-            e = gl.load(segment_grads + before)
+            e = gl.load(segment_grads + state_offset(i_seq, i_p, i_h, P, H, D * D) + offsets)
         elif grad_final is not None:
             e = gl.load(grad_final + whole)
         slope = gl.load(slopes + i_h)
@@ -371,13 +385,13 @@ def gradient_rows(
         if slope < SPLIT_BELOW:
             scale = state_scale(log2_decay, gl.SliceLayout(0, layout), C)
             e, n = gradient_chunks(
-                e / scale, n, d_out, s_x, s_y, s_z, s_q, s_do, s_e, s_out, full, empty, e_ready,
+                e / scale, n, d_out, s_x, s_y, s_z, s_q, s_do, s_e, s_out, barriers,
                 log2_decay, scale, i_h, begin, length, first, last, STAGES, GROUP, True,
             )  # fmt: skip
             e *= scale
         else:
             e, n = gradient_chunks(
-                e, n, d_out, s_x, s_y, s_z, s_q, s_do, s_e, s_out, full, empty, e_ready,
+                e, n, d_out, s_x, s_y, s_z, s_q, s_do, s_e, s_out, barriers,
                 log2_decay, 1.0, i_h, begin, length, first, last, STAGES, GROUP, False,
             )  # fmt: skip
         if grad_initial is not None and i_p == P - 1:
@@ -402,28 +416,19 @@ def dk_dv_kernel(
     s_e = gl.allocate_shared_memory(dtype, [2, D, D], whole)
     s_dk = gl.allocate_shared_memory(dtype, [C, D], whole)
     s_dv = gl.allocate_shared_memory(dtype, [C, D], whole)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    e_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(e_ready.index(i), count=2)
-    fence_async_shared()
-    thread_barrier()
+    barriers = make_barriers(STAGES)
     gl.warp_specialize(
         [
             (gradient_rows, (
-                d_dv, s_k, s_q, s_do, s_q, s_do, s_e, s_dv, full, empty, e_ready,
+                d_dv, s_k, s_q, s_do, s_q, s_do, s_e, s_dv, barriers,
                 slopes, grad_final, grad_initial, segment_grads, cu_seqlens, N, P, H, num_tasks, STAGES, 0,
             )),
             (gradient_rows, (
-                d_dk, s_v, s_do, s_q, s_q, s_do, s_e, s_dk, full, empty, e_ready,
+                d_dk, s_v, s_do, s_q, s_q, s_do, s_e, s_dk, barriers,
                 slopes, grad_final, grad_initial, segment_grads, cu_seqlens, N, P, H, num_tasks, STAGES, 1,
             )),
             (load_rows, (
-                (d_q, d_k, d_do, d_v), (s_q, s_k, s_do, s_v), full, empty, cu_seqlens, N, P, H, num_tasks,
+                (d_q, d_k, d_do, d_v), (s_q, s_k, s_do, s_v), barriers, cu_seqlens, N, P, H, num_tasks,
                 STAGES, True,
             )),
         ],

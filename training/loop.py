@@ -105,7 +105,7 @@ class Trainer:
 
     def __init__(self, run: Run, interrupt: Interrupt, watchdog: Watchdog) -> None:
         self.config, self.folder, self.world, self.data = run.config, run.folder, run.world, run.data
-        self.engine, self.state = run.engine, run.state
+        self.engine, self.state, self.setup_seconds = run.engine, run.state, run.seconds
         self.interrupt, self.watchdog = interrupt, watchdog
         config, data = run.config, run.data
         self.loader = TrainLoader(
@@ -490,6 +490,8 @@ class Trainer:
             f"{self.engine.accumulation_steps} micro-steps x {self.state.micro_batch_size} sequences, "
             f"on {world.device.type}"
         )
+        parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in self.setup_seconds.items())
+        self._say(f"set up in {sum(self.setup_seconds.values()):.0f} s ({parts})")
 
     def _write(self, line: dict[str, Any]) -> None:
         with self._told_later():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ class Run:
     state: RunState
     engine: Engine
     resumed: bool
+    seconds: dict[str, float]  # that each part of the set-up took
 
 
 def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Run | None:
@@ -51,10 +53,12 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Ru
     Raises:
         SettingError, DataError: something the user can mend; nothing has been overwritten.
     """
+    times = [time.perf_counter()]
     _check_backend(config, world)
     if not world.is_first:  # the first rank's hashes are enough
         config = replace(config, data=replace(config.data, verify="quick"))
     data = prepare(config.data, config.tokenizer, log=log)
+    times.append(time.perf_counter())
     checkpoint = find_checkpoint(config.resume, folder, world, log)
     config = _settle(config, data, checkpoint, log)
     state = _initial_state(config, checkpoint, world)
@@ -67,6 +71,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Ru
         check_weights(model, checkpoint.shapes, checkpoint.folder)
     elif config.init_from:
         load_initial_weights(model, config.init_from, data.tokenizer)
+    times.append(time.perf_counter())
     engine = Engine(
         model,
         config,
@@ -77,7 +82,10 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Ru
     if checkpoint is not None:
         engine.load(checkpoint.read, state.num_updates)
     world.on_first(lambda: _save_config(config, folder))
-    return Run(config, folder, world, data, state, engine, resumed=checkpoint is not None)
+    times.append(time.perf_counter())
+    parts = zip(("data", "model", "engine"), times[:-1], times[1:], strict=True)
+    seconds = {name: end - begin for name, begin, end in parts}
+    return Run(config, folder, world, data, state, engine, checkpoint is not None, seconds)
 
 
 def _check_backend(config: TrainConfig, world: World) -> None:
