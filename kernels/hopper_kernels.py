@@ -73,12 +73,6 @@ def task_rows(task, cu_seqlens, N, P, H, num_tasks, C: gl.constexpr, REVERSE: gl
 
 
 @gluon.jit
-def state_offset(i_seq, i_p, i_h, P, H, SIZE: gl.constexpr):
-    """Of the state before segment i_p > 0 in the states of segments (S, P - 1, H, D, D)."""
-    return ((i_seq * (P - 1) + i_p - 1) * H + i_h).to(gl.int64) * SIZE
-
-
-@gluon.jit
 def coordinates(begin, length, row, column):
     """Where a tile starts in a descriptor of describe_rows that is to end `length` rows after `begin`."""
     return [MOST_ROWS, begin + length, MOST_ROWS - length + row, column]
@@ -170,12 +164,53 @@ def load_rows(
 
 
 @gluon.jit
+def run_tasks(
+    chunks: gl.constexpr, offsets, tiles, barriers, slopes, first_state, last_state, segment_states,
+    cu_seqlens, N, P, H, num_tasks, C: gl.constexpr, D: gl.constexpr, layout: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, REVERSE: gl.constexpr,
+):  # fmt: skip
+    """A computing group's tasks: `chunks`, on the part of the state (D / 2, D) that lies at `offsets`.
+
+    Each starts from first_state (None: zero) or the state before its segment; a last one writes last_state.
+    """
+    n = 0
+    for task in range(gl.program_id(0), num_tasks, gl.num_programs(0)):
+        i_seq, i_p, i_h, begin, length, first, last = task_rows(
+            task, cu_seqlens, N, P, H, num_tasks, C, REVERSE
+        )
+        whole = (i_seq * H + i_h).to(gl.int64) * (D * D) + offsets
+        state = gl.zeros([D // 2, D], gl.float32, layout)
+        if i_p > 0:
+            before = ((i_seq * (P - 1) + i_p - 1) * H + i_h).to(gl.int64) * (D * D)
+            state = gl.load(segment_states + before + offsets)
+        elif first_state is not None:
+            state = gl.load(first_state + whole)
+        slope = gl.load(slopes + i_h)
+        log2_decay = -slope * LOG2_E
+        if slope < SPLIT_BELOW:
+            scale = state_scale(log2_decay, gl.SliceLayout(0, layout), C)
+            state, n = chunks(
+                state / scale, n, tiles, barriers, log2_decay, scale, i_h, begin, length, first, last,
+                STAGES, GROUP, True,
+            )  # fmt: skip
+            state *= scale
+        else:
+            state, n = chunks(
+                state, n, tiles, barriers, log2_decay, 1.0, i_h, begin, length, first, last,
+                STAGES, GROUP, False,
+            )  # fmt: skip
+        if last_state is not None and i_p == P - 1:
+            gl.store(last_state + whole, state)
+    tma.store_wait(0)
+
+
+@gluon.jit
 def walk_chunks(
-    state, n, d_o, s_q, s_k, s_v, s_state, s_o, s_p, barriers,
-    log2_decay, scale, i_h, begin, length, first, last,
+    state, n, tiles, barriers, log2_decay, scale, i_h, begin, length, first, last,
     STAGES: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """One task of walk_columns, chunk by chunk; n counts the chunks of all tasks. Returns state and n."""
+    d_o, s_q, s_k, s_v, s_state, s_o, s_p = tiles
     C: gl.constexpr = s_q.shape[1]
     D: gl.constexpr = s_q.shape[2]
     HALF: gl.constexpr = D // 2
@@ -222,49 +257,22 @@ def walk_chunks(
 
 @gluon.jit
 def walk_columns(
-    d_o, s_q, s_k, s_v, s_state, s_o, s_p, barriers,
-    slopes, initial_state, final_state, segment_states, cu_seqlens, N, P, H, num_tasks,
+    tiles, barriers, slopes, initial_state, final_state, segment_states, cu_seqlens, N, P, H, num_tasks,
     STAGES: gl.constexpr, GROUP: gl.constexpr, TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
     """A computing group: half of o's columns, with that half of the state, transposed (Dv / 2, Dk).
 
     Each group computes half of the scores, which the two exchange through shared memory.
     """
-    C: gl.constexpr = s_q.shape[1]
-    D: gl.constexpr = s_q.shape[2]
-    HALF: gl.constexpr = D // 2
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    o_v = GROUP * HALF + gl.arange(0, HALF, gl.SliceLayout(1, s_layout))[:, None]
-    o_k = gl.arange(0, D, gl.SliceLayout(0, s_layout))[None, :]
+    D: gl.constexpr = tiles[1].shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    o_v = GROUP * (D // 2) + gl.arange(0, D // 2, gl.SliceLayout(1, layout))[:, None]
+    o_k = gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
     offsets = o_v * D + o_k if TRANSPOSED else o_k * D + o_v
-    n = 0
-    for task in range(gl.program_id(0), num_tasks, gl.num_programs(0)):
-        i_seq, i_p, i_h, begin, length, first, last = task_rows(
-            task, cu_seqlens, N, P, H, num_tasks, C, False
-        )
-        whole = (i_seq * H + i_h).to(gl.int64) * (D * D) + offsets
-        state = gl.zeros([HALF, D], gl.float32, s_layout)
-        if i_p > 0:
-            state = gl.load(segment_states + state_offset(i_seq, i_p, i_h, P, H, D * D) + offsets)
-        elif initial_state is not None:
-            state = gl.load(initial_state + whole)
-        slope = gl.load(slopes + i_h)
-        log2_decay = -slope * LOG2_E
-        if slope < SPLIT_BELOW:
-            scale = state_scale(log2_decay, gl.SliceLayout(0, s_layout), C)
-            state, n = walk_chunks(
-                state / scale, n, d_o, s_q, s_k, s_v, s_state, s_o, s_p, barriers,
-                log2_decay, scale, i_h, begin, length, first, last, STAGES, GROUP, True,
-            )  # fmt: skip
-            state *= scale
-        else:
-            state, n = walk_chunks(
-                state, n, d_o, s_q, s_k, s_v, s_state, s_o, s_p, barriers,
-                log2_decay, 1.0, i_h, begin, length, first, last, STAGES, GROUP, False,
-            )  # fmt: skip
-        if final_state is not None and i_p == P - 1:
-            gl.store(final_state + whole, state)
-    tma.store_wait(0)
+    run_tasks(
+        walk_chunks, offsets, tiles, barriers, slopes, initial_state, final_state, segment_states,
+        cu_seqlens, N, P, H, num_tasks, tiles[1].shape[1], D, layout, STAGES, GROUP, False,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=RUNTIME_SIZES)
@@ -289,12 +297,12 @@ def walk_kernel(
     gl.warp_specialize(
         [
             (walk_columns, (
-                d_o, s_q, s_k, s_v, s_state.index(0), s_o.index(0), s_p, barriers,
+                (d_o, s_q, s_k, s_v, s_state.index(0), s_o.index(0), s_p), barriers,
                 slopes, initial_state, final_state, segment_states, cu_seqlens, N, P, H, num_tasks,
                 STAGES, 0, TRANSPOSED,
             )),
             (walk_columns, (
-                d_o, s_q, s_k, s_v, s_state.index(1), s_o.index(1), s_p, barriers,
+                (d_o, s_q, s_k, s_v, s_state.index(1), s_o.index(1), s_p), barriers,
                 slopes, initial_state, final_state, segment_states, cu_seqlens, N, P, H, num_tasks,
                 STAGES, 1, TRANSPOSED,
             )),
@@ -308,11 +316,11 @@ def walk_kernel(
 
 @gluon.jit
 def gradient_chunks(
-    e, n, d_out, s_x, s_y, s_z, s_q, s_do, s_e, s_out, barriers,
-    log2_decay, scale, i_h, begin, length, first, last,
+    e, n, tiles, barriers, log2_decay, scale, i_h, begin, length, first, last,
     STAGES: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """One task of gradient_rows, chunk by chunk; n counts the chunks of all tasks. Returns e and n."""
+    d_out, s_x, s_y, s_z, s_q, s_do, s_e, s_out = tiles
     C: gl.constexpr = s_q.shape[1]
     D: gl.constexpr = s_q.shape[2]
     HALF: gl.constexpr = D // 2
@@ -356,8 +364,7 @@ def gradient_chunks(
 
 @gluon.jit
 def gradient_rows(
-    d_out, s_x, s_y, s_z, s_q, s_do, s_e, s_out, barriers,
-    slopes, grad_final, grad_initial, segment_grads, cu_seqlens, N, P, H, num_tasks,
+    tiles, barriers, slopes, grad_final, grad_initial, segment_grads, cu_seqlens, N, P, H, num_tasks,
     STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """A computing group: dv (GROUP 0: x = k, y = q, z = do) or dk (GROUP 1: x = v, y = do, z = q).
@@ -365,38 +372,14 @@ def gradient_rows(
     Both need E, the gradient of the state after the chunk, whole. Each group keeps half of its rows in
     registers and they exchange 16-bit copies through shared memory, two buffers in turn.
     """
-    C: gl.constexpr = s_q.shape[1]
-    D: gl.constexpr = s_q.shape[2]
-    HALF: gl.constexpr = D // 2
+    D: gl.constexpr = tiles[1].shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    o_k = GROUP * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))[:, None]
+    o_k = GROUP * (D // 2) + gl.arange(0, D // 2, gl.SliceLayout(1, layout))[:, None]
     offsets = o_k * D + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
-    n = 0
-    for task in range(gl.program_id(0), num_tasks, gl.num_programs(0)):
-        i_seq, i_p, i_h, begin, length, first, last = task_rows(task, cu_seqlens, N, P, H, num_tasks, C, True)
-        whole = (i_seq * H + i_h).to(gl.int64) * (D * D) + offsets
-        e = gl.zeros([HALF, D], gl.float32, layout)
-        if i_p > 0:
-            e = gl.load(segment_grads + state_offset(i_seq, i_p, i_h, P, H, D * D) + offsets)
-        elif grad_final is not None:
-            e = gl.load(grad_final + whole)
-        slope = gl.load(slopes + i_h)
-        log2_decay = -slope * LOG2_E
-        if slope < SPLIT_BELOW:
-            scale = state_scale(log2_decay, gl.SliceLayout(0, layout), C)
-            e, n = gradient_chunks(
-                e / scale, n, d_out, s_x, s_y, s_z, s_q, s_do, s_e, s_out, barriers,
-                log2_decay, scale, i_h, begin, length, first, last, STAGES, GROUP, True,
-            )  # fmt: skip
-            e *= scale
-        else:
-            e, n = gradient_chunks(
-                e, n, d_out, s_x, s_y, s_z, s_q, s_do, s_e, s_out, barriers,
-                log2_decay, 1.0, i_h, begin, length, first, last, STAGES, GROUP, False,
-            )  # fmt: skip
-        if grad_initial is not None and i_p == P - 1:
-            gl.store(grad_initial + whole, e)
-    tma.store_wait(0)
+    run_tasks(
+        gradient_chunks, offsets, tiles, barriers, slopes, grad_final, grad_initial, segment_grads,
+        cu_seqlens, N, P, H, num_tasks, tiles[1].shape[1], D, layout, STAGES, GROUP, True,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=RUNTIME_SIZES)
@@ -420,11 +403,11 @@ def dk_dv_kernel(
     gl.warp_specialize(
         [
             (gradient_rows, (
-                d_dv, s_k, s_q, s_do, s_q, s_do, s_e, s_dv, barriers,
+                (d_dv, s_k, s_q, s_do, s_q, s_do, s_e, s_dv), barriers,
                 slopes, grad_final, grad_initial, segment_grads, cu_seqlens, N, P, H, num_tasks, STAGES, 0,
             )),
             (gradient_rows, (
-                d_dk, s_v, s_do, s_q, s_q, s_do, s_e, s_dk, barriers,
+                (d_dk, s_v, s_do, s_q, s_q, s_do, s_e, s_dk), barriers,
                 slopes, grad_final, grad_initial, segment_grads, cu_seqlens, N, P, H, num_tasks, STAGES, 1,
             )),
             (load_rows, (
@@ -438,7 +421,11 @@ def dk_dv_kernel(
 
 def supports(q: Tensor, v: Tensor) -> bool:
     """Whether these kernels take such inputs: (B, N, H, 128) of 16 bits, on a GPU that the caller chooses."""
-    return q.shape[3] == v.shape[3] == HEAD_DIM and q.element_size() == 2 and q.shape[0] * q.shape[1] < 2**30
+    return (
+        q.shape[3] == v.shape[3] == HEAD_DIM
+        and q.element_size() == 2
+        and q.shape[0] * q.shape[1] < MOST_ROWS.value
+    )
 
 
 def addressable_rows(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Time candidate launches of the Triton kernels, to fill the table in kernels/launch.py.
+"""Time candidate launches of the plain Triton kernels, to fill the table in kernels/launch.py.
 
     python -m scripts.tune_kernels                       the candidates of D = 128 at three lengths
     python -m scripts.tune_kernels head_dim=64 heads=32 lengths=[2048]
@@ -84,6 +84,7 @@ def time_candidate(config: TuneConfig, candidate: dict) -> dict:
         "walk": _warps(candidate["walk"]),
         "dk_dv": _warps(candidate["dk_dv"]),
         "split_weights": candidate["split"],
+        "gluon": False,  # hopper_kernels.py takes no such choices
     }
     if candidate["segments"]:
         choices["segments"] = candidate["segments"]

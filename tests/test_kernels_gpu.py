@@ -68,10 +68,14 @@ def test_outputs_and_gradients(B, N, H, Dk, Dv, dtype):
     assert_close(*make_inputs(B, N, H, Dk, Dv, dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "gluon"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)]
+)
 @pytest.mark.parametrize("segments", [1, 2, 7])
-def test_segments(segments, dtype):
-    with force(segments=segments):
+def test_segments(segments, dtype, gluon):
+    """On a Hopper both forms of the kernels; elsewhere there is one."""
+    changes = {} if gluon else {"gluon": False}
+    with force(segments=segments, **changes):
         assert_close(*make_inputs(2, 3001, 2, 128, 128, dtype))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from reliability_checks import assert_same_state, wait_for
+from reliability_checks import assert_same_results, wait_for
 from training_helpers import ROOT, environment, lines, write_text
 
 from training.checkpoint import newest_checkpoint
@@ -113,7 +113,7 @@ def test_a_run_that_is_stopped_and_killed_is_the_run_that_was_not(text, tmp_path
     ranks = Ranks(text, run_dir)
     assert ranks.wait() == [0], ranks.stderr()
     assert "resuming at step 8" in ranks.stderr()
-    assert_same_state(run_dir, whole, STEPS)
+    assert_same_results(run_dir, whole, STEPS)
 
 
 def test_a_signal_while_blocks_compile_leaves_a_checkpoint(text, tmp_path):
@@ -155,4 +155,4 @@ def test_one_of_two_ranks_is_killed_and_the_run_goes_on_on_one_gpu_and_on_two(te
 
     ranks = Ranks(text, run_dir, num_ranks=2)
     assert ranks.wait() == [0, 0], ranks.stderr()
-    assert_same_state(run_dir, whole, STEPS)
+    assert_same_results(run_dir, whole, STEPS)

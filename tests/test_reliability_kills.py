@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reliability_checks import assert_same_state
+from reliability_checks import assert_same_results
 from reliability_ranks import launch, train
 from training_helpers import lines, write_text
 
@@ -27,7 +27,7 @@ def text(tmp_path_factory):
 
 def assert_same_run(run_dir: Path, whole: Path, last_step: int = STEPS) -> None:
     """The same losses, samples, weights and moments."""
-    assert_same_state(run_dir, whole, last_step)
+    assert_same_results(run_dir, whole, last_step)
     assert (run_dir / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
@@ -301,7 +301,7 @@ def test_a_run_folder_that_was_renamed_goes_on_and_a_checkpoint_copied_out_of_it
     moved.parent.mkdir()
     run_dir.rename(moved)
     assert train(text, moved, *more, "max_steps=6").wait() == [0]
-    assert_same_state(moved, whole, 6)
+    assert_same_results(moved, whole, 6)
     shutil.copytree(moved / "checkpoints/step_00000006", copy)
     shutil.rmtree(moved)
     evaluated = launch(tmp_path / "eval", [f"checkpoint={copy}", "seq_lens=[32]"], command="eval.py")

@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from training_helpers import ROOT, finish, lines, run, settings, start, write_text
+from training_helpers import ROOT, assert_same_state, finish, lines, run, settings, start, write_text
 
-from training.checkpoint import list_checkpoints, newest_checkpoint, open_checkpoint
+from training.checkpoint import list_checkpoints, newest_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -29,22 +28,6 @@ def reference(text, tmp_path_factory):
     result = run(["train.py", *settings(text, run_dir, f"max_steps={STEPS}")], num_ranks=2)
     assert result.returncode == 0, result.stderr
     return run_dir
-
-
-def weights_and_moments(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = open_checkpoint(folder)
-    return {
-        f"{kind}/{name}": checkpoint.read(name, kind, 0, torch.Size(shape).numel())
-        for name, shape in checkpoint.shapes.items()
-        for kind in ("param", "exp_avg", "exp_avg_sq")
-    }
-
-
-def assert_same_state(left: Path, right: Path) -> None:
-    first, second = weights_and_moments(left), weights_and_moments(right)
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
 
 
 def curve(run_dir: Path) -> list[tuple[float, float]]:

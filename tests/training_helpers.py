@@ -11,6 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from training.checkpoint import open_checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
 
 TINY = [
@@ -106,3 +110,20 @@ def lines(run_dir: Path, key: str = "loss") -> dict[int, dict]:
     """Step to metrics line, of the lines that have `key`."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row for row in rows if key in row}
+
+
+def weights_and_moments(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = open_checkpoint(folder)
+    return {
+        f"{kind}/{name}": checkpoint.read(name, kind, 0, torch.Size(shape).numel())
+        for name, shape in checkpoint.shapes.items()
+        for kind in ("param", "exp_avg", "exp_avg_sq")
+    }
+
+
+def assert_same_state(left: Path, right: Path) -> None:
+    """Two checkpoints hold the same weights and moments, bit for bit."""
+    first, second = weights_and_moments(left), weights_and_moments(right)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name

@@ -233,11 +233,11 @@ class Trainer:
             first_sequence, last_sequence = self.loader.sequences(batch)
             seq_len = self._seq_len(batch)
             batches = [
-                shorten(
-                    self.loader.batch(batch, world.rank, world.size, micro_step, micro_batch_size), seq_len
-                )
+                self.loader.batch(batch, world.rank, world.size, micro_step, micro_batch_size)
                 for micro_step in range((last_sequence - first_sequence) // world.size // micro_batch_size)
             ]
+            if seq_len < self.config.seq_len:
+                batches = [shorten(micro_batch, seq_len) for micro_batch in batches]
             yield batches, self.loader.num_targets(batch)
 
     def _seq_len(self, batch: int) -> int:
