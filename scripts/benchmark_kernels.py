@@ -4,6 +4,7 @@
     python -m scripts.benchmark_kernels quick=true           fewer lengths and rounds, about three minutes
     python -m scripts.benchmark_kernels only=correctness     errors against float64 and nothing else
     python -m scripts.benchmark_kernels only=extras          packed documents, other head dims, decoding
+    python -m scripts.benchmark_kernels only=passes          each of our kernels by itself
 
 Correctness comes first, and a provider whose output is wrong is not timed. Inputs are random. Providers take
 turns under sustained load, and figures are medians over rounds. The floor is the time that reading the inputs
@@ -45,7 +46,7 @@ ROUND_MS = 30  # one provider's turn: long enough to reach the clocks of sustain
 class BenchmarkConfig:
     """What to compare and where to write; `null` lengths and tokens are chosen for the device."""
 
-    only: str = "all"  # all, correctness, lengths, extras
+    only: str = "all"  # all, correctness, lengths, extras, passes
     quick: bool = False
     output: str = "outputs/benchmark_kernels"
     lengths: list[int] | None = None  # N; the batch is tokens / N
@@ -60,7 +61,7 @@ class BenchmarkConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        parts = ("all", "correctness", "lengths", "extras")
+        parts = ("all", "correctness", "lengths", "extras", "passes")
         if self.only not in parts:
             raise SettingError(f"only={self.only}: allowed are {', '.join(parts)}.")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -398,6 +399,30 @@ def _documents(case: str, num_tokens: int, seed: int, device: str) -> Tensor | N
     return bounds.to(device, torch.int32)
 
 
+def print_passes(config, device, ours: Provider) -> None:
+    """Median milliseconds of each kernel of a forward and backward, in the order of their first launch."""
+    tokens, dtype = config.tokens or 131072, DTYPES[config.dtype or "bf16"]
+    for length in config.lengths or [1024, 8192, 131072]:
+        shape = (max(1, tokens // length), length, config.heads, config.k_dim, config.v_dim)
+        tensors = make_tensors(shape, dtype, device, config.seed)
+        run = partial(_run, ours, make_slopes(config.heads, device), None)
+        call = partial(forward_and_gradients, run, *tensors)
+        for _ in range(200):  # to the clocks of sustained load
+            call()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(50):
+                call()
+            torch.cuda.synchronize()
+        # The walk comes twice, for o and for dq, so kernels are told apart by their place in a call.
+        events = sorted(profile.events() or [], key=lambda event: event.time_range.start)
+        kernels = [e for e in events if str(e.device_type).endswith("CUDA") and e.device_time > 5]
+        per_call = len(kernels) // 50
+        times = [statistics.median(e.device_time for e in kernels[i::per_call]) for i in range(per_call)]
+        names = [event.name.split("<")[0][:40] for event in kernels[:per_call]]
+        shown = ", ".join(f"{name} {time / 1e3:.3f}" for name, time in zip(names, times, strict=True))
+        print(f"N = {length:,}: {shown}", flush=True)
+
+
 def time_decoding(config, dtype, device, clock, bandwidth) -> list[Row]:
     """One token; the floor is the time to read and write the state."""
     rows = []
@@ -527,6 +552,8 @@ def main(config: BenchmarkConfig) -> int:
         rows += time_lengths(config, providers, device, clock, bandwidth)
     if config.only in ("all", "extras") and device == "cuda" and "ours" not in wrong:
         rows += time_extras(config, providers[0], device, clock, bandwidth)
+    if config.only in ("all", "passes") and device == "cuda" and "ours" not in wrong:
+        print_passes(config, device, providers[0])
     write_results(config, name, bandwidth, checks, rows)
     print(f"\n{name}, copy {bandwidth / 1e9:.2f} TB/s; not timed because wrong or failing: {sorted(wrong)}")
     print(f"results in {config.output}\n\n{markdown(rows)}" if rows else f"results in {config.output}")

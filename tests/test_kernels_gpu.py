@@ -1,5 +1,11 @@
-"""The Triton kernels compiled for a real GPU, against the PyTorch backend in float64, at real sizes."""
+"""The Triton kernels compiled for a real GPU, against the PyTorch backend in float64, at real sizes.
 
+pytest -m gpu tests/test_kernels_gpu.py
+FUZZ_SHAPES=1000 pytest -m gpu tests/test_kernels_gpu.py -k fuzz
+FUZZ_SHAPES=20 compute-sanitizer --tool memcheck python -m pytest -m gpu tests/test_kernels_gpu.py -k fuzz
+"""
+
+import os
 import random
 
 import pytest
@@ -93,7 +99,7 @@ def test_packed_documents_of_random_length(segments, dtype):
 def test_fuzz():
     """Random shapes over a few head dims, since each pair of dims compiles its own kernels."""
     generator = random.Random(0)
-    for seed in range(150):
+    for seed in range(int(os.environ.get("FUZZ_SHAPES", "150"))):
         Dk, Dv = generator.choice([(64, 64), (128, 128), (96, 40), (256, 128)])
         B, N, H = generator.randint(1, 4), generator.randint(1, 700), generator.randint(1, 6)
         dtype = generator.choice(list(TOLERANCES))
