@@ -136,7 +136,7 @@ class Engine:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
             for module in (*self.model.model.layers, self.model.model.final_norm):
                 # not __call__: hooks stay outside
-                module.forward = torch.compile(module.forward, dynamic=False)  # type: ignore[method-assign]
+                module.forward = compile_for_any_documents(module.forward)  # type: ignore[method-assign]
 
     def compiles(self) -> bool:
         """Whether blocks run through torch.compile."""
@@ -194,7 +194,6 @@ class Engine:
         cu_seqlens = batch.cu_seqlens
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
         tokens, targets = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.targets))
         return self.deepspeed(tokens, targets, cu_seqlens=cu_seqlens)
 
@@ -345,6 +344,22 @@ class Engine:
     def close(self) -> None:
         """Free DeepSpeed's hooks and buffers."""
         self.deepspeed.destroy()
+
+
+def compile_for_any_documents(forward: Callable) -> Callable:
+    """Compile a module's forward once for all numbers of packed documents, the length of cu_seqlens.
+
+    That length is marked at each call: stage 3 hands its modules copies of their arguments, without marks.
+    """
+    compiled = torch.compile(forward, dynamic=False)
+
+    def call(*args):
+        for x in args:
+            if isinstance(x, Tensor) and x.dtype == torch.int32:
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+        return compiled(*args)
+
+    return call
 
 
 @contextlib.contextmanager

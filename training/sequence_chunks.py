@@ -96,10 +96,7 @@ def _to(chunk: Chunk, device: torch.device) -> Chunk:
     def moved(x: Any) -> Any:
         return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
 
-    chunk = Chunk(*map(moved, chunk))
-    if chunk.cu_seqlens is not None:
-        torch._dynamo.maybe_mark_dynamic(chunk.cu_seqlens, 0)
-    return chunk
+    return Chunk(*map(moved, chunk))
 
 
 def _zero_states(config: ModelConfig, num_rows: int, device: torch.device) -> list[Tensor]:
