@@ -14,6 +14,7 @@ from training.config import TrainConfig, run_command
 from training.errors import SettingError
 from training.memory import (
     GPU_MEMORY_GIB,
+    PlannedConfig,
     find_gpu,
     largest_micro_batch,
     memory_parts,
@@ -27,7 +28,7 @@ GIB = 2**30
 
 
 @dataclass(kw_only=True, slots=True)
-class PlanConfig(TrainConfig):
+class PlanConfig(PlannedConfig):
     """A run, and the GPUs to plan it for."""
 
     gpu: str = "h100"

@@ -49,6 +49,14 @@ def test_figures_of_the_1b_model(capsys):
     assert f"{1e9 / speed / 3600:,.1f} GPU hours" in text
 
 
+def test_a_gpu_is_planned_for_in_bf16_on_a_machine_without_its_units(capsys, monkeypatch):
+    monkeypatch.setattr("training.config.native_precision", lambda: "fp32")
+    for settings, size in (((), 2), (("engine.precision=fp32",), 4)):
+        text = plan(capsys, "model=tnl-1b", "model.vocab_size=64000", *settings)
+        gib = figure(text, "parameters") / 2**30
+        assert figure(text, "weights") == pytest.approx(size * gib, abs=0.006)
+
+
 def test_peak_is_the_sum_of_its_parts_and_the_micro_batch_fits(capsys):
     arguments = ("model=tnl-385m", "seq_len=4096", "batch_tokens=262144", "num_gpus=2", "gpu_memory_gib=40")
     text = plan(capsys, *arguments)

@@ -7,7 +7,7 @@ Shapes in comments: D hidden, G inner width of the channel mixer, H heads, d hea
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from data.tokenizer import ByteTokenizer
 from models.config import ModelConfig
 from models.layers import LOGITS_PER_CHUNK
 from training.adamw_8bit import BLOCK
-from training.config import TrainConfig
+from training.config import EngineConfig, TrainConfig
 from training.errors import SettingError
 
 Settings = TypeVar("Settings", bound=TrainConfig)
@@ -40,6 +40,23 @@ GPU_MEMORY_GIB = {
 }
 
 
+@dataclass(kw_only=True, slots=True)
+class PlannedEngine(EngineConfig):
+    """The engine on a GPU that this machine need not have: all of GPU_MEMORY_GIB have units for bf16."""
+
+    def __post_init__(self) -> None:
+        if self.precision == "auto":
+            self.precision = "bf16"
+        EngineConfig.__post_init__(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class PlannedConfig(TrainConfig):
+    """A run on such a GPU."""
+
+    engine: PlannedEngine = field(default_factory=PlannedEngine)
+
+
 def find_gpu(name: str) -> str | None:
     """The key of GPU_MEMORY_GIB and PEAK_FLOPS that `name` ("h200", "NVIDIA H100 PCIe") means, or None."""
     wanted = name.lower().replace(" ", "").replace("-", "")
@@ -52,7 +69,7 @@ def layer_activation_bytes(
     """Bytes per token that a layer's forward keeps for its backward, by term.
 
     `element` is the size of a compute value, 2 in bf16. `compiled` blocks keep a norm's input as it came
-    instead of its fp32 copy, and form the output norm again.
+    instead of its fp32 copy, and form the output norm and SiLU's results again.
     """
     hidden, glu = config.hidden_size, config.glu_size
     norm = norm_activation_bytes(config, element, compiled)
@@ -72,7 +89,8 @@ def layer_activation_bytes(
         terms["output norm"] = element * hidden if compiled else norm
         terms["gated output"] = element * hidden if config.gate != "none" else 0
     terms["channel norm"] = norm
-    terms["channel mixer"] = element * glu * (4 if config.channel_mixer == "swiglu" else 3)
+    # l1, l2, their product, and unless compiled blocks form it again SiLU's result
+    terms["channel mixer"] = element * glu * (4 if config.channel_mixer == "swiglu" and not compiled else 3)
     return terms
 
 
@@ -87,15 +105,17 @@ def norm_activation_bytes(config: ModelConfig, element: int = 2, compiled: bool 
 def activation_bytes_per_token(config: ModelConfig, element: int = 2, compiled: bool = False) -> int:
     """Bytes that one token's activations hold at the peak, when backward enters the last layer.
 
-    Every layer keeps its terms, or with `activation_checkpointing=full` only its input; and the layer in
-    backward holds as much again, its gradients (or its terms, recomputed).
+    Every layer keeps its terms, and the layer in backward holds as much again, its gradients (or its terms,
+    recomputed). With `activation_checkpointing=full` every layer keeps its input; the one in backward holds
+    its terms and the gradients of the channel mixer, which are the largest.
     """
     whole = replace(config, activation_checkpointing="none")
     layers = range(config.num_layers)
     working = max(sum(layer_activation_bytes(whole, layer, element, compiled).values()) for layer in layers)
     last_norm = norm_activation_bytes(config, element, compiled)
     if config.activation_checkpointing == "full":
-        return element * config.hidden_size * config.num_layers + 2 * working + last_norm
+        gradients = 2 * element * (config.glu_size + config.hidden_size)
+        return element * config.hidden_size * config.num_layers + working + gradients + last_norm
     kept = sum(sum(layer_activation_bytes(config, layer, element, compiled).values()) for layer in layers)
     return kept + working + last_norm
 

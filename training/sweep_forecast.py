@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from training.config import compose
 from training.errors import SettingError
 from training.memory import (
     GPU_MEMORY_GIB,
+    PlannedConfig,
     find_gpu,
     largest_micro_batch,
     memory_parts,
@@ -61,7 +63,7 @@ def forecast(sweep: SweepDefinition, points: list[Point], gpu_name: str | None) 
 
 def _memory(point: Point, num_ranks: int, gpu: str | None) -> tuple[int, str]:
     """The micro-batch that a point will take, and its predicted peak in GiB."""
-    config = with_vocabulary(point.config)
+    config = with_vocabulary(compose(PlannedConfig, point.settings, "train") if gpu else point.config)
     if gpu is None or config.micro_batch_size != "auto":
         size = resolve_micro_batch(config, num_ranks, torch.device("cpu"), None)
     else:
