@@ -1,4 +1,4 @@
-"""The models on a CUDA device: `pytest -m gpu tests/test_models_gpu.py`, under a minute."""
+"""The models on a CUDA device: `pytest -m gpu tests/test_models_gpu.py`, a few minutes."""
 
 import itertools
 
@@ -18,9 +18,9 @@ MODELS = {
 BOUNDS = (0, 700, 701, 701, 1500, 2048)
 
 
-def make_model(settings, dtype: torch.dtype, recompute: str) -> TransNormer:
-    """The same weights at every dtype: head dim 128, products in `dtype`."""
-    sizes = {"vocab_size": 512, "hidden_size": 256, "num_layers": 3, "num_heads": 2, "glu_size": 512}
+def make_model(settings, dtype: torch.dtype, recompute: str, num_heads: int) -> TransNormer:
+    """The same weights at every dtype, products in `dtype`."""
+    sizes = {"vocab_size": 8192, "hidden_size": 256, "num_layers": 3, "num_heads": num_heads, "glu_size": 512}
     model = TransNormer(ModelConfig(**sizes, activation_checkpointing=recompute, **settings)).cuda()
     with torch.no_grad():
         for p in model.parameters():
@@ -30,33 +30,37 @@ def make_model(settings, dtype: torch.dtype, recompute: str) -> TransNormer:
     return model
 
 
-def loss_and_gradients(model: TransNormer, tokens, bounds):
-    """Of all sequences between `bounds`, summed."""
-    loss = model(tokens[:, :-1], tokens[:, 1:], cu_seqlens=bounds)
-    loss.backward()
-    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters()}
+def text_like_tokens() -> torch.Tensor:
+    """Zipf's law: the commonest token comes in hundreds of places, whose gradients are summed."""
+    share = 1 / torch.arange(1, 8193)
+    generator = torch.Generator().manual_seed(0)
+    return torch.multinomial(share, BOUNDS[-1] + 1, replacement=True, generator=generator)[None].cuda()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("recompute", ["none", "selective", "compiled"])
+@pytest.mark.parametrize("num_heads", [2, 4])
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
-def test_packed_documents_in_bf16_are_documents_apart_in_fp32(settings, recompute):
-    """In bf16 softmax layers take varlen_attn; in fp32 each document goes through the dense kernels alone."""
-    exact = make_model(settings, torch.float32, "none")
-    tokens = torch.randint(512, (1, BOUNDS[-1] + 1), generator=torch.Generator().manual_seed(0)).cuda()
-    expected = 0.0
+def test_packed_documents_are_documents_apart(settings, num_heads, recompute, dtype):
+    """Against each document alone in eager fp32. In bf16 softmax layers take varlen_attn."""
+    exact = make_model(settings, torch.float32, "none", num_heads)
+    tokens, expected = text_like_tokens(), 0.0
     for start, stop in itertools.pairwise(BOUNDS):
         if stop > start:
             loss = exact(tokens[:, start:stop], tokens[:, start + 1 : stop + 1])
             loss.backward()
             expected += float(loss.detach())
-    model = make_model(settings, torch.bfloat16, "selective" if recompute == "compiled" else recompute)
+    model = make_model(settings, dtype, "selective" if recompute == "selective" else "none", num_heads)
     if recompute == "compiled":
         for block in model.model.layers:
             block.compile(dynamic=False)
     bounds = torch.tensor(BOUNDS, dtype=torch.int32, device="cuda")
-    loss, gradients = loss_and_gradients(model, tokens, bounds)
-    assert abs(loss - expected) <= 1e-3 * expected
+    loss = model(tokens[:, :-1], tokens[:, 1:], cu_seqlens=bounds)
+    loss.backward()
+    exactly = dtype == torch.float32
+    assert abs(float(loss.detach()) - expected) <= (1e-5 if exactly else 1e-3) * expected
+    gradients = {name: p.grad for name, p in model.named_parameters()}
     for name, p in exact.named_parameters():
-        error = float((gradients[name] - p.grad).norm() / p.grad.norm())
-        few = p.numel() < 1000  # LRPE's frequencies: sums of many terms that nearly cancel
-        assert error <= (0.2 if few else 3e-2), f"{name}: {error:.1e}"
+        if p.ndim == 2 or exactly:  # in bf16 LRPE's frequencies get noise: their terms nearly cancel
+            error = float((gradients[name] - p.grad).norm() / p.grad.norm())
+            assert error <= (1e-4 if exactly else 3e-2), f"{name}: {error:.1e}"
