@@ -350,7 +350,7 @@ def test_training_s_validation_eval_and_a_plain_loop_agree(folder):
     make_run(folder / "other")  # for its corpus
     arguments = ["run_dir=run", "data=text", "data.path=corpus.jsonl", "data.valid_fraction=0.3"]
     arguments += ["tokenizer=bytes", "seq_len=64", "batch_tokens=128", "max_steps=3", "eval_every=3"]
-    arguments += ["optim.lr=0.02", "sample_every=0", *MODEL]
+    arguments += ["engine.precision=bf16", "optim.lr=0.02", "sample_every=0", *MODEL]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     words = [sys.executable, str(ROOT / "train.py"), *arguments]
     subprocess.run(words, check=True, capture_output=True, env=environment, timeout=300)
