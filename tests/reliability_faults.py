@@ -61,6 +61,7 @@ def impatient() -> None:
     """Short waits: tests have no minutes."""
     watchdog.POLL_SECONDS, watchdog.WAITING_SECONDS = 0.2, 1.0
     watchdog.FROZEN_SECONDS, watchdog.GONE_SECONDS = 1.5, 1.0
+    watchdog.STOPPED_SECONDS = 12.0  # more than the limit that tests set
     interrupt.POLL_SECONDS, interrupt.LEAVE_SECONDS = 0.2, 2.0
 
 

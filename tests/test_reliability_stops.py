@@ -219,18 +219,18 @@ def test_a_killed_rank_is_named_by_the_other_which_goes_too(rank, phase, text, t
     kill_a_rank(text, tmp_path, rank, phase)
 
 
-def stand_still(text: Path, folder: Path, rank: int, fault: str, phase: str) -> str:
-    """Returns the report of the ranks."""
+def stand_still(text: Path, folder: Path, rank: int, fault: str, phase: str, seconds: int = 8) -> str:
+    """Returns the report of the ranks, which comes after so many seconds; 8 is a limit that is set here."""
     run_dir = folder / "run"
     faults = {each: [("impatient",)] for each in range(2)}
     faults[rank].append((fault, phase, 2))
-    arguments = (*WITH_ALL_PHASES, "engine.watchdog_seconds=8")
-    ranks = train(text, run_dir, *arguments, num_ranks=2, faults=faults)
+    limit = ["engine.watchdog_seconds=8"] if seconds == 8 else []
+    ranks = train(text, run_dir, *WITH_ALL_PHASES, *limit, num_ranks=2, faults=faults)
     codes = ranks.wait(60)
     assert None not in codes, "a rank hangs"
     assert 0 not in codes
     log = (run_dir / "train.log").read_text()
-    report = log[log.index("no rank has got on for 8 s") :]
+    report = log[log.index(f"no rank has got on for {seconds} s") :]
     for each in range(2):
         assert f"rank {each}: process {ranks.processes[each].pid}" in report, report
     assert report.count("trainer.run()") == 2, report  # a Python stack of each
@@ -243,6 +243,11 @@ def stand_still(text: Path, folder: Path, rank: int, fault: str, phase: str) -> 
 def test_ranks_that_stand_still_are_reported_and_end(fault, rank, phase, text, tmp_path):
     report = stand_still(text, tmp_path, rank, fault, phase)
     assert ("stopped, or its host is gone" in report) == (fault == "freeze_in")
+
+
+def test_a_rank_that_a_signal_holds_is_not_waited_for_until_the_limit(text, tmp_path):
+    """The limit is that of the settings, minutes; STOPPED_SECONDS is 12 here and 30 in earnest."""
+    assert "stopped, or its host is gone" in stand_still(text, tmp_path, 1, "freeze_in", "forward", 12)
 
 
 @pytest.mark.torture

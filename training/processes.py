@@ -36,6 +36,11 @@ class Process:
         status = _status(self.pid)
         return status is not None and status.started == self.started and status.state not in "ZX"
 
+    def is_stopped(self) -> bool:
+        """Whether a signal (SIGSTOP, Ctrl-Z) or a debugger holds it."""
+        status = _status(self.pid)
+        return status is not None and status.started == self.started and status.state in "Tt"
+
 
 def this_process() -> Process:
     """The process that asks."""

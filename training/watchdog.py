@@ -6,8 +6,9 @@ can be read while a rank is stopped or the network is stuck. Nothing is read whi
 
 - A process of this host that is gone while this rank waits: a line names it, and this rank exits with 1.
 - A rank that was asked to stop while nothing was to be saved: this rank is asked too.
-- No rank has got on for `limit_seconds` of training: one of the live ranks writes step, phase and stack of
-  each to train.log and stderr; all exit with 1, and those of this host that can't are killed.
+- No rank has got on for `limit_seconds` of training, or for half a minute while a signal holds a rank of
+  this host: one of the live ranks writes step, phase and stack of each to train.log and stderr; all exit
+  with 1, and those of this host that can't are killed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ POLL_SECONDS = 1.0
 WAITING_SECONDS = 3.0  # a rank that has not got on for so long looks at the others
 GONE_SECONDS = 3.0  # so long may a rank take to fail by itself when another has gone
 FROZEN_SECONDS = 5.0  # a rank without a heartbeat for so long has no running thread
+STOPPED_SECONDS = 30.0  # a rank of this host that a signal holds for so long is not waited for
 LIMIT_BYTES = 2**20
 EXIT_STUCK = 1
 
@@ -50,6 +52,7 @@ class _Peer:
     beat_at: float = 0.0
     progress_at: float = 0.0
     gone_at: float | None = None
+    stopped_at: float | None = None
 
     def update(self, heartbeat: dict[str, Any], now: float) -> None:
         if heartbeat.get("beat") != self.heartbeat.get("beat"):
@@ -166,8 +169,12 @@ class Watchdog:
                 continue
             self._look()
             self._leave_if_alone(now)
-            if self._training and standing_seconds > self._limit_seconds and not self._others_get_on(now):
-                self._report_and_exit()
+            if not self._training:
+                continue
+            if standing_seconds > self._limit_seconds and not self._others_get_on(now):
+                self._report_and_exit(self._limit_seconds)
+            if standing_seconds > STOPPED_SECONDS and self._waits_for_a_stopped_rank(now):
+                self._report_and_exit(STOPPED_SECONDS)
 
     def _write(self) -> None:
         self._beat += 1
@@ -199,6 +206,8 @@ class Watchdog:
                 continue
             peer.update(heartbeat, now)
             process = peer.process()
+            is_stopped = process is not None and process.is_stopped()
+            peer.stopped_at = (peer.stopped_at or now) if is_stopped else None
             if heartbeat["stopped"] is not None:
                 self._interrupt.request(f"rank {rank} was asked to stop: {heartbeat['stopped']}")
             elif process is not None and not process.is_running():
@@ -215,7 +224,11 @@ class Watchdog:
     def _others_get_on(self, now: float) -> bool:
         return any(now - peer.progress_at < self._limit_seconds for peer in self._peers.values())
 
-    def _report_and_exit(self) -> None:
+    def _waits_for_a_stopped_rank(self, now: float) -> bool:
+        held = [peer.stopped_at for peer in self._peers.values() if peer.stopped_at is not None]
+        return any(now - since > STOPPED_SECONDS for since in held)
+
+    def _report_and_exit(self, seconds: float) -> None:
         """Say where every rank stands; end this process, and those of this host that are frozen."""
         now = time.monotonic()
         frozen = {rank for rank, peer in self._peers.items() if now - peer.beat_at > FROZEN_SECONDS}
@@ -225,7 +238,7 @@ class Watchdog:
         own = self._fixed | {"step": self._step, "phase": self._phase, "stack": _main_stack()}
         beats = {rank: peer.heartbeat for rank, peer in self._peers.items() if peer.heartbeat}
         beats[self._world.rank] = own
-        self._say(f"no rank has got on for {self._limit_seconds:.0f} s: stopping.")
+        self._say(f"no rank has got on for {seconds:.0f} s: stopping.")
         for rank, beat in sorted(beats.items()):
             note = " (stopped, or its host is gone; its stack as last seen)" if rank in frozen else ""
             where = f"process {beat['pid']} on {beat['host']}, step {beat['step']}, {beat['phase']}"
