@@ -416,7 +416,11 @@ def print_passes(config, device, ours: Provider) -> None:
         # The walk comes twice, for o and for dq, so kernels are told apart by their place in a call.
         events = sorted(profile.events() or [], key=lambda event: event.time_range.start)
         kernels = [e for e in events if str(e.device_type).endswith("CUDA") and e.device_time > 5]
-        per_call = len(kernels) // 50
+        per_call, left_over = divmod(len(kernels), 50)
+        if left_over:
+            raise RuntimeError(
+                f"{len(kernels)} kernels in 50 calls: they can't be told apart by their place."
+            )
         times = [statistics.median(e.device_time for e in kernels[i::per_call]) for i in range(per_call)]
         names = [event.name.split("<")[0][:40] for event in kernels[:per_call]]
         shown = ", ".join(f"{name} {time / 1e3:.3f}" for name, time in zip(names, times, strict=True))

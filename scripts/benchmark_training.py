@@ -36,7 +36,7 @@ from models.layers import LMHead
 from models.transnormer import TransNormer
 from training import distributed
 from training.config import TrainConfig, compose, run_command
-from training.engine import Engine
+from training.engine import Engine, compile_for_any_documents
 from training.errors import SettingError
 from training.metrics import peak_flops, peak_memory_gib
 from training.optimizer import parameter_groups
@@ -195,7 +195,7 @@ def bare_loop(model: TransNormer, train: TrainConfig, device: torch.device) -> C
     """The same step without DeepSpeed: bf16 weights and gradients, fp32 masters and moments, clipping."""
     if train.engine.compile != "false" and device.type == "cuda":
         for module in (*model.model.layers, model.model.final_norm):
-            module.compile(dynamic=False)
+            module.forward = compile_for_any_documents(module.forward)
     masters = {p: p.detach().clone().requires_grad_() for p in model.parameters()}
     for p in model.parameters():
         p.data = p.data.bfloat16()
@@ -209,7 +209,6 @@ def bare_loop(model: TransNormer, train: TrainConfig, device: torch.device) -> C
         total = torch.zeros((), device=device)
         for batch in batches:
             tokens, targets, cu_seqlens = (x.to(device) for x in batch if x is not None)
-            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
             loss = model(tokens, targets, cu_seqlens=cu_seqlens)
             (loss / train.batch_tokens).backward()
             total += loss.detach()

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_grad
 
 from data.loader import Batch
 from models.transnormer import TransNormer
@@ -42,6 +41,8 @@ def test_gradients_are_those_of_plain_autograd_on_a_cpu(
         f"engine.precision={precision}",
         f"engine.compile={compile_blocks}",
     )
+    from deepspeed.utils import safe_get_full_grad  # slow to import, so not where tests are collected
+
     config = compose(TrainConfig, [*SETTINGS, *choices], "train")
     batch = text_like_batch()
     exact = TransNormer(config.model)
