@@ -29,7 +29,8 @@ class RotateLRPE(torch.autograd.Function):
     def forward(ctx, x: Tensor, theta: Tensor, positions: Tensor) -> Tensor:
         ctx.save_for_backward(x, theta, positions)
         cos, sin = _cos_sin(theta, positions)
-        return torch.cat([x * cos, x * sin], dim=-1).to(x.dtype)
+        # not cat(…).to(…): PyTorch 2.11 gives a compiled forward that ends in a no-op no gradients
+        return torch.cat([(x * cos).to(x.dtype), (x * sin).to(x.dtype)], dim=-1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
