@@ -122,6 +122,11 @@ def test_a_points_own_settings_come_last():
     assert points[2].config.engine.zero_stage == 2
 
 
+def test_micro_steps_can_hold_the_same_tokens_at_every_length():
+    points = expand(definition(seq_lens=[32, 128, 256], batch_tokens=256, micro_tokens=128))
+    assert [point.config.micro_batch_size for point in points] == [4, 1, 1]
+
+
 def test_evaluation_and_saving_are_off_unless_asked_for():
     asked = expand(definition(evaluate=True, save_every=2))[0].config
     assert (asked.eval_every, asked.save_every, asked.resume) == (4, 2, "auto")

@@ -55,6 +55,7 @@ class SweepDefinition:
     models: list[str] = field(default_factory=list)  # each a model= choice, then settings of its own
     seq_lens: list[int] = field(default_factory=list)  # tokens
     batch_tokens: int = 131072  # tokens of an optimizer step, the same at every length
+    micro_tokens: int | None = None  # tokens of a micro-step on each GPU, or one sequence; null: what fits
     steps: int = 30
     skip_steps: int = 10  # first steps that speeds leave out: compilation and warm-up
     engine: str = "zero1"  # engine= choice
@@ -74,6 +75,8 @@ class SweepDefinition:
         for key in ("batch_tokens", "steps", "num_gpus"):
             if getattr(self, key) < 1:
                 raise SettingError(f"sweep.{key}={getattr(self, key)} must be at least 1.")
+        if self.micro_tokens is not None and self.micro_tokens < 1:
+            raise SettingError(f"sweep.micro_tokens={self.micro_tokens} must be at least 1, or null.")
         if not 0 <= self.skip_steps < self.steps:
             raise SettingError(
                 f"sweep.skip_steps={self.skip_steps} must be at least 0 and below sweep.steps={self.steps}."
@@ -148,6 +151,8 @@ def _point(sweep: SweepDefinition, label: str, seq_len: int, crossed: list[str],
         "resume": "auto" if sweep.save_every else "never",
         "overwrite": "false" if sweep.save_every else "true",
     }
+    if sweep.micro_tokens is not None:
+        settings["micro_batch_size"] = str(max(1, sweep.micro_tokens // seq_len))
     settings |= dict(setting.split("=", 1) for setting in chosen if "=" in setting)
     arguments = [f"{key}={value}" for key, value in settings.items()]
     arguments += [setting for setting in chosen if "=" not in setting]  # refused below, by name
