@@ -73,6 +73,12 @@ def task_rows(task, cu_seqlens, N, P, H, num_tasks, C: gl.constexpr, REVERSE: gl
 
 
 @gluon.jit
+def row_starts(starts, row, o_c):
+    """Where the sequences of rows o_c of the chunk at `row` begin, counted from it."""
+    return gl.load(starts + row + o_c) - row
+
+
+@gluon.jit
 def coordinates(begin, length, row, column):
     """Where a tile starts in a descriptor of describe_rows that is to end `length` rows after `begin`."""
     return [MOST_ROWS, begin + length, MOST_ROWS - length + row, column]
@@ -166,7 +172,7 @@ def load_rows(
 @gluon.jit
 def run_tasks(
     chunks: gl.constexpr, offsets, tiles, barriers, slopes, first_state, last_state, segment_states,
-    cu_seqlens, N, P, H, num_tasks, C: gl.constexpr, D: gl.constexpr, layout: gl.constexpr,
+    cu_seqlens, starts, N, P, H, num_tasks, C: gl.constexpr, D: gl.constexpr, layout: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     """A computing group's tasks: `chunks`, on the part of the state (D / 2, D) that lies at `offsets`.
@@ -190,13 +196,13 @@ def run_tasks(
         if slope < SPLIT_BELOW:
             scale = state_scale(log2_decay, gl.SliceLayout(0, layout), C)
             state, n = chunks(
-                state / scale, n, tiles, barriers, log2_decay, scale, i_h, begin, length, first, last,
+                state / scale, n, tiles, barriers, starts, log2_decay, scale, i_h, begin, length, first, last,
                 STAGES, GROUP, True,
             )  # fmt: skip
             state *= scale
         else:
             state, n = chunks(
-                state, n, tiles, barriers, log2_decay, 1.0, i_h, begin, length, first, last,
+                state, n, tiles, barriers, starts, log2_decay, 1.0, i_h, begin, length, first, last,
                 STAGES, GROUP, False,
             )  # fmt: skip
         if last_state is not None and i_p == P - 1:
@@ -206,7 +212,7 @@ def run_tasks(
 
 @gluon.jit
 def walk_chunks(
-    state, n, tiles, barriers, log2_decay, scale, i_h, begin, length, first, last,
+    state, n, tiles, barriers, starts, log2_decay, scale, i_h, begin, length, first, last,
     STAGES: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """One task of walk_columns, chunk by chunk; n counts the chunks of all tasks. Returns state and n."""
@@ -226,23 +232,32 @@ def walk_chunks(
     o_q = gl.arange(0, C, gl.SliceLayout(1, p_layout))
     o_k = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, p_layout))
     b_decay = decay_powers(log2_decay, o_q[:, None] - o_k[None, :])  # [C of q, ROWS of k]
-    through = decay_powers(log2_decay, 1 + gl.arange(0, C, gl.SliceLayout(1, o_layout))) * scale
+    o_o = gl.arange(0, C, gl.SliceLayout(1, o_layout))
+    through = decay_powers(log2_decay, 1 + o_o) * scale
     o_c = gl.arange(0, C, gl.SliceLayout(0, s_operand))
     for i in range(first, last):
         num_rows = gl.minimum(length - i * C, C)
         stage = n % STAGES
+        b_weight, b_through = b_decay, through
+        if starts is not None:
+            b_weight = gl.where(o_k[None, :] >= row_starts(starts, i * C, o_q)[:, None], b_decay, 0.0)
+            b_through = gl.where(row_starts(starts, i * C, o_o) < 0, through, 0.0)
+            start_last = row_starts(starts, i * C, num_rows - 1)
         q, k, v = s_q.index(stage), s_k.index(stage), s_v.index(stage).slice(GROUP * HALF, HALF, 1)
         mbarrier.wait(full.index(stage), n // STAGES & 1)
         b_p = start_product(q, k.slice(GROUP * ROWS, ROWS, 0).permute((1, 0)), C, ROWS, p_layout)
         publish(s_state, state.to(dtype))
-        b_p = (warpgroup_mma_wait(0, deps=(b_p,)) * b_decay).to(dtype)
+        b_p = (warpgroup_mma_wait(0, deps=(b_p,)) * b_weight).to(dtype)
         publish(s_p.index(n % 2 * 2 + GROUP), b_p)
         signal(p_ready.index(n % 2))
         b_o = start_product(q, s_state.permute((1, 0)), C, HALF, o_layout)
         to_end = decay_powers(log2_decay, num_rows - 1 - o_c)
         decay = gl.exp2(log2_decay * num_rows)
+        if starts is not None:
+            to_end = gl.where(o_c >= start_last, to_end, 0.0)
+            decay = gl.where(start_last < 0, decay, 0.0)
         state = start_adding_rows(state, v, k, decay, to_end, scale, s_operand, SPLIT)
-        b_o = warpgroup_mma_wait(2 if SPLIT else 1, deps=(b_o,)) * through[:, None]
+        b_o = warpgroup_mma_wait(2 if SPLIT else 1, deps=(b_o,)) * b_through[:, None]
         own, other = v.slice(GROUP * ROWS, ROWS, 0), v.slice((1 - GROUP) * ROWS, ROWS, 0)
         b_o = warpgroup_mma(gl.convert_layout(b_p, p_operand), own, b_o, is_async=True)
         mbarrier.wait(p_ready.index(n % 2), n // 2 & 1)
@@ -257,8 +272,8 @@ def walk_chunks(
 
 @gluon.jit
 def walk_columns(
-    tiles, barriers, slopes, initial_state, final_state, segment_states, cu_seqlens, N, P, H, num_tasks,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, TRANSPOSED: gl.constexpr,
+    tiles, barriers, slopes, initial_state, final_state, segment_states, cu_seqlens, starts,
+    N, P, H, num_tasks, STAGES: gl.constexpr, GROUP: gl.constexpr, TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
     """A computing group: half of o's columns, with that half of the state, transposed (Dv / 2, Dk).
 
@@ -271,14 +286,14 @@ def walk_columns(
     offsets = o_v * D + o_k if TRANSPOSED else o_k * D + o_v
     run_tasks(
         walk_chunks, offsets, tiles, barriers, slopes, initial_state, final_state, segment_states,
-        cu_seqlens, N, P, H, num_tasks, tiles[1].shape[1], D, layout, STAGES, GROUP, False,
+        cu_seqlens, starts, N, P, H, num_tasks, tiles[1].shape[1], D, layout, STAGES, GROUP, False,
     )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=RUNTIME_SIZES)
 def walk_kernel(
-    d_q, d_k, d_v, d_o, slopes, initial_state, final_state, segment_states, cu_seqlens, N, P, H, num_tasks,
-    TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
+    d_q, d_k, d_v, d_o, slopes, initial_state, final_state, segment_states, cu_seqlens, starts,
+    N, P, H, num_tasks, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """walk_kernel of kernels/triton_kernels.py, forwards."""
     C: gl.constexpr = d_q.block_type.shape[2]
@@ -298,12 +313,12 @@ def walk_kernel(
         [
             (walk_columns, (
                 (d_o, s_q, s_k, s_v, s_state.index(0), s_o.index(0), s_p), barriers,
-                slopes, initial_state, final_state, segment_states, cu_seqlens, N, P, H, num_tasks,
+                slopes, initial_state, final_state, segment_states, cu_seqlens, starts, N, P, H, num_tasks,
                 STAGES, 0, TRANSPOSED,
             )),
             (walk_columns, (
                 (d_o, s_q, s_k, s_v, s_state.index(1), s_o.index(1), s_p), barriers,
-                slopes, initial_state, final_state, segment_states, cu_seqlens, N, P, H, num_tasks,
+                slopes, initial_state, final_state, segment_states, cu_seqlens, starts, N, P, H, num_tasks,
                 STAGES, 1, TRANSPOSED,
             )),
             (load_rows, (
@@ -316,7 +331,7 @@ def walk_kernel(
 
 @gluon.jit
 def gradient_chunks(
-    e, n, tiles, barriers, log2_decay, scale, i_h, begin, length, first, last,
+    e, n, tiles, barriers, starts, log2_decay, scale, i_h, begin, length, first, last,
     STAGES: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """One task of gradient_rows, chunk by chunk; n counts the chunks of all tasks. Returns e and n."""
@@ -335,10 +350,16 @@ def gradient_chunks(
     o_y = gl.arange(0, C, gl.SliceLayout(0, p_layout))
     o_out = gl.arange(0, C, gl.SliceLayout(1, layout))
     b_decay = decay_powers(log2_decay, o_y[None, :] - o_x[:, None])  # [C of x, C of y]
-    through = decay_powers(log2_decay, 1 + gl.arange(0, C, gl.SliceLayout(0, operand)))
+    o_t = gl.arange(0, C, gl.SliceLayout(0, operand))
+    through = decay_powers(log2_decay, 1 + o_t)
     for i in range(first, last):
         row = (first + last - 1 - i) * C
         num_rows = gl.minimum(length - row, C)
+        b_weight, b_through = b_decay, through
+        if starts is not None:
+            b_weight = gl.where(o_x[:, None] >= row_starts(starts, row, o_y)[None, :], b_decay, 0.0)
+            b_through = gl.where(row_starts(starts, row, o_t) < 0, through, 0.0)
+            start_last = row_starts(starts, row, num_rows - 1)
         stage = n % STAGES
         x, y, z = s_x.index(stage), s_y.index(stage), s_z.index(stage)
         copy, ready = s_e.index(n % 2), e_ready.index(n % 2)
@@ -348,12 +369,16 @@ def gradient_chunks(
         b_p = start_product(x, y.permute((1, 0)), C, C, p_layout)
         mbarrier.wait(ready, n // 2 & 1)
         b_out = start_product(x, copy.permute((1, 0)) if GROUP else copy, C, D, layout)
-        b_p = (warpgroup_mma_wait(1, deps=(b_p,)) * b_decay).to(dtype)
+        b_p = (warpgroup_mma_wait(1, deps=(b_p,)) * b_weight).to(dtype)
         to_end = decay_powers(log2_decay, num_rows - 1 - o_out) * scale
+        decay = gl.exp2(log2_decay * num_rows)
+        if starts is not None:
+            to_end = gl.where(o_out >= start_last, to_end, 0.0)
+            decay = gl.where(start_last < 0, decay, 0.0)
         b_out = warpgroup_mma_wait(0, deps=(b_out,)) * to_end[:, None]
         b_out = warpgroup_mma(gl.convert_layout(b_p, operand), z, b_out, is_async=True)
         q, do = s_q.index(stage).slice(OFFSET, HALF, 1), s_do.index(stage)
-        e = start_adding_rows(e, q, do, gl.exp2(log2_decay * num_rows), through, scale, operand, SPLIT)
+        e = start_adding_rows(e, q, do, decay, b_through, scale, operand, SPLIT)
         b_out = warpgroup_mma_wait(0, deps=(b_out,))
         e = warpgroup_mma_wait(0, deps=(e,))
         signal(empty.index(stage))
@@ -364,8 +389,8 @@ def gradient_chunks(
 
 @gluon.jit
 def gradient_rows(
-    tiles, barriers, slopes, grad_final, grad_initial, segment_grads, cu_seqlens, N, P, H, num_tasks,
-    STAGES: gl.constexpr, GROUP: gl.constexpr,
+    tiles, barriers, slopes, grad_final, grad_initial, segment_grads, cu_seqlens, starts,
+    N, P, H, num_tasks, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """A computing group: dv (GROUP 0: x = k, y = q, z = do) or dk (GROUP 1: x = v, y = do, z = q).
 
@@ -378,13 +403,13 @@ def gradient_rows(
     offsets = o_k * D + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
     run_tasks(
         gradient_chunks, offsets, tiles, barriers, slopes, grad_final, grad_initial, segment_grads,
-        cu_seqlens, N, P, H, num_tasks, tiles[1].shape[1], D, layout, STAGES, GROUP, True,
+        cu_seqlens, starts, N, P, H, num_tasks, tiles[1].shape[1], D, layout, STAGES, GROUP, True,
     )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=RUNTIME_SIZES)
 def dk_dv_kernel(
-    d_q, d_k, d_v, d_do, d_dk, d_dv, slopes, grad_final, grad_initial, segment_grads, cu_seqlens,
+    d_q, d_k, d_v, d_do, d_dk, d_dv, slopes, grad_final, grad_initial, segment_grads, cu_seqlens, starts,
     N, P, H, num_tasks, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk_dv_kernel of kernels/triton_kernels.py."""
@@ -404,11 +429,13 @@ def dk_dv_kernel(
         [
             (gradient_rows, (
                 (d_dv, s_k, s_q, s_do, s_q, s_do, s_e, s_dv), barriers,
-                slopes, grad_final, grad_initial, segment_grads, cu_seqlens, N, P, H, num_tasks, STAGES, 0,
+                slopes, grad_final, grad_initial, segment_grads, cu_seqlens, starts,
+                N, P, H, num_tasks, STAGES, 0,
             )),
             (gradient_rows, (
                 (d_dk, s_v, s_do, s_q, s_q, s_do, s_e, s_dk), barriers,
-                slopes, grad_final, grad_initial, segment_grads, cu_seqlens, N, P, H, num_tasks, STAGES, 1,
+                slopes, grad_final, grad_initial, segment_grads, cu_seqlens, starts,
+                N, P, H, num_tasks, STAGES, 1,
             )),
             (load_rows, (
                 (d_q, d_k, d_do, d_v), (s_q, s_k, s_do, s_v), barriers, cu_seqlens, N, P, H, num_tasks,
@@ -466,21 +493,21 @@ def _sizes(q: Tensor, segment_states: Tensor) -> tuple[tuple[int], tuple[int, in
 
 
 def walk(
-    q, k, v, o, slopes, initial_state, final_state, segment_states, cu_seqlens, transposed=False
+    q, k, v, o, slopes, initial_state, final_state, segment_states, cu_seqlens, starts, transposed=False
 ) -> None:
     """Writes o and, unless None, the final state."""
     grid, sizes = _sizes(q, segment_states)
     walk_kernel[grid](
         *(describe_rows(addressable_rows(x)) for x in (q, k, v)), describe_rows(o, HEAD_DIM // 2),
-        slopes, initial_state, final_state, segment_states, cu_seqlens, *sizes,
+        slopes, initial_state, final_state, segment_states, cu_seqlens, starts, *sizes,
         TRANSPOSED=transposed, STAGES=3, num_warps=4,
     )  # fmt: skip
 
 
-def dk_dv(q, k, v, do, dk, dv, slopes, grad_final, grad_initial, segment_grads, cu_seqlens) -> None:
+def dk_dv(q, k, v, do, dk, dv, slopes, grad_final, grad_initial, segment_grads, cu_seqlens, starts) -> None:
     """Writes dk, dv and, unless None, grad_initial."""
     grid, sizes = _sizes(q, segment_grads)
     dk_dv_kernel[grid](
         *(describe_rows(addressable_rows(x)) for x in (q, k, v, do)), describe_rows(dk), describe_rows(dv),
-        slopes, grad_final, grad_initial, segment_grads, cu_seqlens, *sizes, STAGES=2, num_warps=4,
+        slopes, grad_final, grad_initial, segment_grads, cu_seqlens, starts, *sizes, STAGES=2, num_warps=4,
     )  # fmt: skip

@@ -48,7 +48,7 @@ _ADA = {  # 99 KB of shared memory
     256: Launch(chunk=32, value_block=32, walk=Warps(8, 2)),
 }
 _HOPPER = {
-    64: Launch(chunk=64, value_block=64, walk=Warps(4, 3), dk_dv=Warps(4, 3)),
+    64: Launch(chunk=64, value_block=64, walk=Warps(4, 3), dk_dv=Warps(4, 3), split_weights=True),
     128: Launch(
         chunk=64,
         value_block=128,
@@ -58,7 +58,7 @@ _HOPPER = {
         split_weights=True,
         gluon=True,
     ),
-    256: Launch(chunk=32, value_block=128, walk=Warps(8, 3)),
+    256: Launch(chunk=32, value_block=128, walk=Warps(8, 3), split_weights=True),
 }
 _BLACKWELL = {
     64: Launch(chunk=64, value_block=64, walk=Warps(4, 3), dk_dv=Warps(4, 3)),

@@ -202,9 +202,14 @@ def _implementation(backend: str):
     return triton_kernels
 
 
-def _state_shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, backend: str) -> tuple[tuple, tuple]:
-    """Shapes of the final state and of the states between segments (none where sequences are not cut)."""
-    num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _state_shapes(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, has_states: bool, backend: str
+) -> tuple[tuple, tuple]:
+    """Shapes of the final state and of the states between segments (none where sequences are not cut).
+
+    Packed sequences without states of their own (`has_states`) are cut as one.
+    """
+    num_sequences = q.shape[0] if cu_seqlens is None or not has_states else cu_seqlens.shape[0] - 1
     segments = 1
     if backend == "triton":
         segments = num_segments(num_sequences, q.shape[0] * q.shape[1], q.shape[2], q.device)
@@ -224,7 +229,9 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the final state (empty unless asked for) and the states between segments, which backward reuses."""
-    o, final_state, segment_states = _forward_outputs(q, k, v, output_final_state, cu_seqlens, backend)
+    o, final_state, segment_states = _forward_outputs(
+        q, v, initial_state, output_final_state, cu_seqlens, backend
+    )
     final = final_state if output_final_state else None
     run = _implementation(backend).forward
     with torch.cuda.device_of(q):  # Triton launches on the current device
@@ -232,17 +239,20 @@ def _forward(
     return o, final_state, segment_states
 
 
-def _forward_outputs(q, k, v, output_final_state, cu_seqlens, backend) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_outputs(
+    q, v, initial_state, output_final_state, cu_seqlens, backend
+) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten outputs of the forward op."""
     dtype = compute_dtype(q.dtype)
-    final_shape, segment_shape = _state_shapes(q, v, cu_seqlens, backend)
+    has_states = initial_state is not None or output_final_state
+    final_shape, segment_shape = _state_shapes(q, v, cu_seqlens, has_states, backend)
     final_state = q.new_empty(final_shape if output_final_state else 0, dtype=dtype)
     return q.new_empty(v.shape), final_state, q.new_empty(segment_shape, dtype=dtype)
 
 
 @_forward.register_fake
 def _(q, k, v, slopes, initial_state, output_final_state, cu_seqlens, backend):
-    return _forward_outputs(q, k, v, output_final_state, cu_seqlens, backend)
+    return _forward_outputs(q, v, initial_state, output_final_state, cu_seqlens, backend)
 
 
 @torch.library.custom_op("lightning_attention::backward", mutates_args=())

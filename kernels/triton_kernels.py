@@ -8,6 +8,8 @@ segments: `segment_state_kernel` computes what each segment adds to the state, `
 after each, and the walk then runs on all segments at once.
 
 Rows past a sequence's end are cut off by the tensor descriptors: loads give zero, stores write nothing.
+Packed sequences without states of their own are walked as one, whatever their lengths: a chunk may hold
+several, and `starts` tells where each row's begins.
 
 Shapes: q, k (B, N, H, Dk); v, o (B, N, H, Dv); slopes (H,); states (S, H, Dk, Dv), those after all segments
 but the last (S, P - 1, H, Dk, Dv). B batch, N rows, H heads, S sequences (B, or those of cu_seqlens), P
@@ -23,6 +25,7 @@ from kernels.launch import STATE_BLOCK, Warps, choose_launch, padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 RUNTIME_SIZES = ["N", "P", "H"]  # a new value never recompiles
+BOUNDS_BLOCK = 1024  # rows whose sequence one program looks up; a multiple of every chunk
 
 
 @triton.jit
@@ -93,6 +96,18 @@ def segment_chunks(i_p, length, P, C: tl.constexpr):
 
 
 @triton.jit
+def sequence_masks(starts, row, num_rows, o_c):
+    """Of a chunk in packed sequences: (start, from_before, in_last, is_one).
+
+    start: where each row's sequence begins, counted from the chunk's first row; from_before: whether that is
+    before the chunk; in_last: whether a row is of the last row's sequence; is_one: whether none begins here.
+    """
+    start = tl.load(starts + row + o_c) - row
+    start_last = tl.load(starts + row + num_rows - 1) - row
+    return start, start < 0, o_c >= start_last, start_last < 0
+
+
+@triton.jit
 def describe_rows(x, strides, i_b, i_h, begin, length, D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
     """Descriptor of one head's rows [begin, begin + length), moved in (C, BLOCK) tiles."""
     stride_b, stride_n, stride_h = strides
@@ -117,7 +132,7 @@ def state_tile(
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def walk_kernel(
-    q, k, v, o, slopes, initial_state, final_state, segment_states, cu_seqlens,
+    q, k, v, o, slopes, initial_state, final_state, segment_states, cu_seqlens, starts,
     q_strides, k_strides, v_strides, o_strides, N, P, H,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SPLIT: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -156,15 +171,25 @@ def walk_kernel(
         num_rows = tl.minimum(length - row, C)
         to_end = decay_powers(log2_decay, num_rows - 1 - o_c)
         through = decay_powers(log2_decay, o_c + 1)
+        decay = tl.exp2(log2_decay * num_rows)
+        b_weight = b_decay
+        if starts is not None:
+            start, from_before, in_last, is_one = sequence_masks(starts, row, num_rows, o_c)
+            through = tl.where(from_before, through, 0.0)
+            to_end = tl.where(in_last, to_end, 0.0)
+            decay = tl.where(is_one, decay, 0.0)
+            if REVERSE:
+                b_weight = tl.where(o_c[None, :] >= start[:, None], b_decay, 0.0)
+            else:
+                b_weight = tl.where(o_c[:, None] >= start[None, :], b_decay, 0.0)
         b_q = d_q.load([row, 0])  # [C, BK]
         b_k = d_k.load([row, 0])  # [C, BK]
         b_v = d_v.load([row, i_v * BV])  # [C, BV]
-        b_p = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * b_decay  # [C of k, C of q]
+        b_p = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * b_weight  # [C of k, C of q]
         b_o = tl.dot(b_s.to(b_q.dtype), tl.trans(b_q), input_precision="ieee")  # [BV, C]
         b_o *= (to_end if REVERSE else through)[None, :] * scale
         b_o = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), b_o, input_precision="ieee")
         d_o.store([row, i_v * BV], tl.trans(b_o).to(b_q.dtype))
-        decay = tl.exp2(log2_decay * num_rows)
         b_s = add_rows(b_s, b_k, b_v, decay, through if REVERSE else to_end, scale, SPLIT)
     if final_state is not None and i_p == P - 1:
         tl.store(final_state + whole, b_s * scale, mask)
@@ -172,7 +197,7 @@ def walk_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def dk_dv_kernel(
-    q, k, v, do, dk, dv, slopes, grad_final, grad_initial, segment_grads, cu_seqlens,
+    q, k, v, do, dk, dv, slopes, grad_final, grad_initial, segment_grads, cu_seqlens, starts,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, N, P, H,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -210,35 +235,44 @@ def dk_dv_kernel(
         num_rows = tl.minimum(length - row, C)
         to_end = decay_powers(log2_decay, num_rows - 1 - o_c)
         through = decay_powers(log2_decay, o_c + 1)
+        decay = tl.exp2(log2_decay * num_rows)
+        b_weight = b_decay
+        if starts is not None:
+            start, from_before, in_last, is_one = sequence_masks(starts, row, num_rows, o_c)
+            through = tl.where(from_before, through, 0.0)
+            to_end = tl.where(in_last, to_end, 0.0)
+            decay = tl.where(is_one, decay, 0.0)
+            b_weight = tl.where(o_c[None, :] >= start[:, None], b_decay, 0.0)
         b_k = d_k.load([row, 0])  # [C, BK]
         b_q = d_q.load([row, 0])  # [C, BK]
         b_v = d_v.load([row, 0])  # [C, BV]
         b_do = d_do.load([row, 0])  # [C, BV]
         b_dst = b_ds.to(b_k.dtype)  # [BV, BK]
-        b_p = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_decay  # [C of q, C of k]
+        b_p = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_weight  # [C of q, C of k]
         b_dv = tl.dot(b_dst, tl.trans(b_k), input_precision="ieee") * (to_end[None, :] * scale)  # [BV, C]
         b_dv = tl.dot(tl.trans(b_do), b_p.to(b_do.dtype), b_dv, input_precision="ieee")
         d_dv.store([row, 0], tl.trans(b_dv).to(b_v.dtype))
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee") * b_decay  # [C of q, C of k]
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee") * b_weight  # [C of q, C of k]
         b_dk = tl.dot(tl.trans(b_dst), tl.trans(b_v), input_precision="ieee") * (
             to_end[None, :] * scale
         )  # [BK, C]
         b_dk = tl.dot(tl.trans(b_q), b_dp.to(b_q.dtype), b_dk, input_precision="ieee")
         d_dk.store([row, 0], tl.trans(b_dk).to(b_k.dtype))
-        b_ds = add_rows(b_ds, b_q, b_do, tl.exp2(log2_decay * num_rows), through, scale, SPLIT)
+        b_ds = add_rows(b_ds, b_q, b_do, decay, through, scale, SPLIT)
     if grad_initial is not None and i_p == P - 1:
         tl.store(grad_initial + whole, b_ds * scale, mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def segment_state_kernel(
-    k, v, states, slopes, cu_seqlens, k_strides, v_strides, N, P, H,
+    k, v, states, slopes, cu_seqlens, starts, ends, k_strides, v_strides, N, P, H,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SPLIT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What each segment but the last of the walk adds to the state, (S, P - 1, H, Dk, Dv).
 
-    Chunks whose weight in it is below fp32's range are not read.
+    Chunks whose weight in it is below fp32's range are not read, nor those of other sequences than the one
+    at the segment's end (in reverse the one that comes from before it; its last row + 1 is in `ends`).
     """
     i_seq, i_p, i_h, i_v = program_indices(P - 1, H, tl.cdiv(Dv, BV))
     i_b, begin, length = sequence_rows(cu_seqlens, i_seq, N)
@@ -251,13 +285,25 @@ def segment_state_kernel(
     o_c = tl.arange(0, C)
     b_s = tl.zeros([BV, BK], dtype=tl.float32)
     chunks_in_range = tl.cdiv(rows_in_range(log2_decay), C) + 1  # the last one may be short
-    for i in range(tl.maximum(first, last - chunks_in_range), last):
+    from_chunk = tl.maximum(first, last - chunks_in_range)
+    if starts is not None:
+        if REVERSE:
+            last_row = tl.load(ends + tl.maximum(first * C, 1) - 1) - 1
+            from_chunk = tl.maximum(from_chunk, first + last - 1 - last_row // C)
+        else:
+            from_chunk = tl.maximum(from_chunk, tl.load(starts + tl.minimum(last * C, length) - 1) // C)
+    for i in range(from_chunk, last):
         row = (first + last - 1 - i if REVERSE else i) * C
         num_rows = tl.minimum(length - row, C)
         into_state = decay_powers(log2_decay, o_c + 1 if REVERSE else num_rows - 1 - o_c)
+        decay = tl.exp2(log2_decay * num_rows)
+        if starts is not None:
+            _, from_before, in_last, is_one = sequence_masks(starts, row, num_rows, o_c)
+            into_state = tl.where(from_before if REVERSE else in_last, into_state, 0.0)
+            decay = tl.where(is_one, decay, 0.0)
         b_k = d_k.load([row, 0])  # [C, BK]
         b_v = d_v.load([row, i_v * BV])  # [C, BV]
-        b_s = add_rows(b_s, b_k, b_v, tl.exp2(log2_decay * num_rows), into_state, scale, SPLIT)
+        b_s = add_rows(b_s, b_k, b_v, decay, into_state, scale, SPLIT)
     offsets, mask = state_tile(i_v, Dk, Dv, BK, BV, False)
     i_state = (i_seq * (P - 1) + i_p) * H + i_h
     tl.store(states + i_state.to(tl.int64) * (Dk * Dv) + offsets, b_s * scale, mask)
@@ -265,7 +311,7 @@ def segment_state_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def scan_states_kernel(
-    states, initial_state, slopes, cu_seqlens, N, P, H,
+    states, initial_state, slopes, cu_seqlens, starts, N, P, H,
     SIZE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Turns what each segment adds into the state after it. Grid: (S·H, cdiv(SIZE, BLOCK)), SIZE = Dk·Dv."""
@@ -279,10 +325,31 @@ def scan_states_kernel(
         b_s = tl.load(initial_state + tl.program_id(0).to(tl.int64) * SIZE + offsets, mask)
     for i_p in range(0, P - 1):
         first, last = segment_chunks(P - 1 - i_p if REVERSE else i_p, length, P, C)
-        num_rows = tl.minimum(last * C, length) - tl.minimum(first * C, length)
+        begin, end = tl.minimum(first * C, length), tl.minimum(last * C, length)
+        decay = tl.exp2(log2_decay * (end - begin))
+        if starts is not None:
+            decay = tl.where(tl.load(starts + tl.maximum(end, 1) - 1) < begin, decay, 0.0)
         p_state = states + ((i_seq * (P - 1) + i_p) * H + i_h).to(tl.int64) * SIZE + offsets
-        b_s = b_s * tl.exp2(log2_decay * num_rows) + tl.load(p_state, mask)
+        b_s = b_s * decay + tl.load(p_state, mask)
         tl.store(p_state, b_s, mask)
+
+
+@triton.jit(do_not_specialize=["S", "N"])
+def sequence_bounds_kernel(cu_seqlens, starts, ends, S, N, BLOCK: tl.constexpr):
+    """First row of each row's sequence and the one after its last, by bisection. Grid: (cdiv(N, BLOCK),)."""
+    o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros([BLOCK], dtype=tl.int32)  # the first of the S + 1 bounds after the row lies from here …
+    high = low + S  # … to here
+    width = S
+    while width > 0:
+        middle = (low + high) // 2
+        is_after = tl.load(cu_seqlens + middle) > o_n
+        high = tl.where(is_after, middle, high)
+        low = tl.where(is_after, low, tl.minimum(middle + 1, high))
+        width = width // 2
+    start = tl.load(cu_seqlens + tl.maximum(low, 1) - 1)
+    tl.store(starts + o_n, tl.minimum(tl.maximum(start, 0), o_n))
+    tl.store(ends + o_n, tl.minimum(tl.maximum(tl.load(cu_seqlens + low), o_n + 1), N))
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -331,15 +398,35 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
+def sequence_bounds(cu_seqlens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """First row of each row's sequence and the one after its last, (N up to a multiple of BOUNDS_BLOCK,)."""
+    num_blocks = triton.cdiv(num_rows, BOUNDS_BLOCK)
+    starts, ends = cu_seqlens.new_empty(2, num_blocks * BOUNDS_BLOCK)
+    sequence_bounds_kernel[(num_blocks,)](
+        cu_seqlens, starts, ends, len(cu_seqlens) - 1, num_rows, BLOCK=BOUNDS_BLOCK
+    )
+    return starts, ends
+
+
 class _Call:
     """The launches of one call, with what they share: slopes, sequences, segments and block sizes."""
 
     def __init__(
-        self, q: Tensor, v: Tensor, slopes: Tensor, cu_seqlens: Tensor | None, segment_states: Tensor
+        self,
+        q: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        cu_seqlens: Tensor | None,
+        segment_states: Tensor,
+        has_states: bool,
     ):
         self.num_sequences, self.P = segment_states.shape[0], segment_states.shape[1] + 1
         self.slopes, self.cu_seqlens = slopes, cu_seqlens
         self.N, self.H = q.shape[1:3]
+        self.starts = self.ends = None
+        if cu_seqlens is not None and self.num_sequences == 1 and not has_states:
+            self.cu_seqlens = None
+            self.starts, self.ends = sequence_bounds(cu_seqlens, self.N)
         self.launch = choose_launch(q.dtype, max(q.shape[3], v.shape[3]), q.device)
         self.hopper = None
         if self.launch.gluon:
@@ -377,12 +464,13 @@ class _Call:
                 final_state,
                 segment_states,
                 self.cu_seqlens,
+                self.starts,
                 transposed,
             )
             return
         blocks = self._blocks(k, v, self.launch.value_block, self.launch.walk)
         walk_kernel[self._grid(self.P, blocks)](
-            q, k, v, o, self.slopes, initial_state, final_state, segment_states, self.cu_seqlens,
+            q, k, v, o, self.slopes, initial_state, final_state, segment_states, self.cu_seqlens, self.starts,
             _strides(q), _strides(k), _strides(v), _strides(o), self.N, self.P, self.H,
             REVERSE=reverse, TRANSPOSED=transposed, **blocks,
         )  # fmt: skip
@@ -391,7 +479,7 @@ class _Call:
         """Writes dk, dv and, unless None, dinitial."""
         if self.hopper:
             states = grad_final, dinitial, segment_grads
-            self.hopper.dk_dv(q, k, v, do, dk, dv, self.slopes, *states, self.cu_seqlens)
+            self.hopper.dk_dv(q, k, v, do, dk, dv, self.slopes, *states, self.cu_seqlens, self.starts)
             return
         if self.launch.dk_dv is None:
             self.walk(v, do, q, dk, grad_final, None, segment_grads, reverse=True, transposed=True)
@@ -399,7 +487,8 @@ class _Call:
             return
         blocks = self._blocks(k, v, padded(v.shape[3]), self.launch.dk_dv)
         dk_dv_kernel[self._grid(self.P, blocks)](
-            q, k, v, do, dk, dv, self.slopes, grad_final, dinitial, segment_grads, self.cu_seqlens,
+            q, k, v, do, dk, dv, self.slopes, grad_final, dinitial, segment_grads,
+            self.cu_seqlens, self.starts,
             _strides(q), _strides(k), _strides(v), _strides(do), _strides(dk), _strides(dv),
             self.N, self.P, self.H, **blocks,
         )  # fmt: skip
@@ -413,13 +502,13 @@ class _Call:
             block, warps = STATE_BLOCK, self.launch.states
         blocks = self._blocks(k, v, block, warps)
         segment_state_kernel[self._grid(self.P - 1, blocks)](
-            k, v, segment_states, self.slopes, self.cu_seqlens,
+            k, v, segment_states, self.slopes, self.cu_seqlens, self.starts, self.ends,
             _strides(k), _strides(v), self.N, self.P, self.H,
             REVERSE=reverse, **blocks,
         )  # fmt: skip
         size, block = blocks["Dk"] * blocks["Dv"], 1024
         scan_states_kernel[(self.num_sequences * self.H, triton.cdiv(size, block))](
-            segment_states, initial_state, self.slopes, self.cu_seqlens, self.N, self.P, self.H,
+            segment_states, initial_state, self.slopes, self.cu_seqlens, self.starts, self.N, self.P, self.H,
             SIZE=size, C=self.launch.chunk, BLOCK=block, REVERSE=reverse,
         )  # fmt: skip
 
@@ -428,7 +517,8 @@ def forward(q, k, v, slopes, initial_state, cu_seqlens, o, final_state, segment_
     """Writes o, final_state (unless None) and segment_states, the state after each segment but the last."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     initial_state = _contiguous(initial_state)
-    call = _Call(q, v, slopes, cu_seqlens, segment_states)
+    has_states = initial_state is not None or final_state is not None
+    call = _Call(q, v, slopes, cu_seqlens, segment_states, has_states)
     call.fill_segment_states(k, v, initial_state, segment_states)
     call.walk(q, k, v, o, initial_state, final_state, segment_states)
 
@@ -439,7 +529,8 @@ def backward(
     """Writes dq, dk, dv and, unless None, dinitial."""
     q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(grad_o)
     initial_state, grad_final = _contiguous(initial_state), _contiguous(grad_final)
-    call = _Call(q, v, slopes, cu_seqlens, segment_states)
+    has_states = initial_state is not None or grad_final is not None
+    call = _Call(q, v, slopes, cu_seqlens, segment_states, has_states)
     segment_grads = torch.empty_like(segment_states)
     call.fill_segment_states(q, do, grad_final, segment_grads, reverse=True)
     call.walk(do, v, k, dq, initial_state, None, segment_states, transposed=True)

@@ -28,7 +28,7 @@ def argument_type(name, dtype):
         return ("i32", "i32", "i32")
     if name in kernels.RUNTIME_SIZES:
         return "i32"
-    if name == "cu_seqlens":
+    if name in ("cu_seqlens", "starts", "ends"):
         return "*i32"
     return "*fp32" if name in FP32 else "*" + dtype
 

@@ -110,6 +110,26 @@ def test_packed_sequences(bounds, dk_dv, segments, backend):
         assert_close(run(tensors, slopes, backend, cu_seqlens), expected(tensors, slopes, cu_seqlens))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("segments", [1, 2, 7])
+@pytest.mark.parametrize(("chunk", "dk_dv"), [(16, FUSED), (16, None), (64, FUSED)])
+@pytest.mark.parametrize("bounds", [[0, 0, 1, 5, 16, 17, 17, 60, 61, 63, 150], [0, 150], [0, 64, 128, 150]])
+def test_packed_sequences_without_states(bounds, chunk, dk_dv, segments, backend):
+    """They are walked as one: chunks hold several sequences, and sequences go over segments."""
+    (q, k, v, _, grad_o, _), slopes = make_inputs(1, 150, 2, 16, 24)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+
+    def outputs(dtype, backend):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        o, _ = lightning_attention(*inputs, slopes, cu_seqlens=cu_seqlens, backend=backend)
+        return [o, *torch.autograd.grad(o, inputs, grad_o.to(dtype))]
+
+    with force(segments=segments, chunk=chunk, dk_dv=dk_dv):
+        results = outputs(torch.float32, backend)
+    for result, truth in zip(results, outputs(torch.float64, "reference"), strict=True):
+        assert relative_error(result, truth) <= TOLERANCE
+
+
 def test_torch_backend_carries_states_over_blocks_of_chunks():
     bounds = [0, 1030, 1030, 1031, 1100, 3500]
     tensors, slopes = make_inputs(1, 3500, 3, 8, 16, num_states=5)
