@@ -15,39 +15,31 @@ from kernels import lightning_attention, lightning_attention_step
 from kernels.quadratic import quadratic_attention
 from models.config import ModelConfig
 from models.decay import layer_slopes
-from models.layers import Linear, make_norm
+from models.layers import Linear, cos_sin, make_norm
 
 
 class RotateLRPE(torch.autograd.Function):
     """x (B, N, H, d) → concat[x cos(θt), x sin(θt)] (B, N, H, 2d) with θ (H, 1, d) and t (B or 1, N).
 
-    Angles are formed in fp64, where they stay exact at any position, and reduced to one turn before the
-    fp32 sine and cosine. Backward recomputes them instead of keeping them, and sums θ's gradient in fp32.
+    Backward recomputes sines and cosines instead of keeping them, and sums θ's gradient in fp32.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, theta: Tensor, positions: Tensor) -> Tensor:
         ctx.save_for_backward(x, theta, positions)
-        cos, sin = _cos_sin(theta, positions)
+        cos, sin = cos_sin(positions, theta.squeeze(1))  # (B or 1, N, H, d)
         # not cat(…).to(…): PyTorch 2.11 gives a compiled forward that ends in a no-op no gradients
         return torch.cat([(x * cos).to(x.dtype), (x * sin).to(x.dtype)], dim=-1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, theta, positions = ctx.saved_tensors
-        cos, sin = _cos_sin(theta, positions)
+        cos, sin = cos_sin(positions, theta.squeeze(1))
         grad_cos, grad_sin = grad.float().chunk(2, dim=-1)
         grad_x = (grad_cos * cos + grad_sin * sin).to(x.dtype)
         turn = (grad_sin * cos - grad_cos * sin) * x * positions[..., None, None].float()
         grad_theta = turn.sum(dim=(0, 1))[:, None, :].to(theta.dtype)  # (H, 1, d)
         return grad_x, grad_theta, None
-
-
-def _cos_sin(theta: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of θt in fp32, each (B or 1, N, H, d)."""
-    angles = positions[..., None, None].double() * theta.double().squeeze(1)
-    angles = angles.remainder(2 * math.pi).float()
-    return angles.cos(), angles.sin()
 
 
 class LRPE(nn.Module):

@@ -5,6 +5,8 @@ Shapes: B batch, N sequence, D hidden, V vocabulary, T tokens (B·N flattened).
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,16 @@ from kernels.cross_entropy import cross_entropy
 from models.config import ModelConfig
 
 LOGITS_PER_CHUNK = 2**28  # logits held at once by the loss: 512 MiB in bf16
+
+
+def cos_sin(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position · frequency, fp32: positions (B or 1, N), frequencies (…) → (B or 1, N, …).
+
+    Whole turns are dropped in fp64, so angles are exact at any position.
+    """
+    turns = positions.double()[(..., *[None] * frequencies.ndim)] * (frequencies.double() / (2 * math.pi))
+    angles = ((turns - turns.round()) * (2 * math.pi)).float()
+    return angles.cos(), angles.sin()
 
 
 class Linear(nn.Linear):

@@ -14,15 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-from models.layers import Linear
+from models.layers import Linear, cos_sin
 
 
-def apply_rope(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Rotary embedding (Su et al. 2021) of x (B, N, H, d) at positions (B or 1, N), halves as pairs."""
-    half = x.shape[-1] // 2
-    frequencies = base ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
-    angles = (positions[..., None, None].double() * frequencies).float()  # (B or 1, N, 1, d/2)
-    cos, sin = angles.cos(), angles.sin()
+def rope_rotations(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE (Su et al. 2021) at positions (B or 1, N), each (B or 1, N, 1, d/2), fp32."""
+    half = head_dim // 2
+    frequencies = base ** (-torch.arange(half, dtype=torch.float64, device=positions.device) / half)
+    return cos_sin(positions, frequencies[None])
+
+
+def apply_rope(x: Tensor, rotations: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of x (B, N, H, d), halves as pairs."""
+    cos, sin = rotations
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
@@ -32,21 +36,24 @@ class SoftmaxAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads, self.rope_base = config.num_heads, config.rope_base
+        self.num_heads = config.num_heads
         self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
         x: Tensor,
-        positions: Tensor,
+        rotations: tuple[Tensor, Tensor],
         cu_seqlens: Tensor | None,
         state: Any,
         keep_state: bool,
     ) -> tuple[Tensor, Any]:
-        """x (B, N, D) → output (B, N, D) and, if `keep_state`, the keys and values seen so far."""
+        """x (B, N, D) → output (B, N, D) and, if `keep_state`, the keys and values seen so far.
+
+        The model computes `rotations` (rope_rotations) once for all layers.
+        """
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in self.qkv_proj(x).chunk(3, dim=-1))
-        q, k = apply_rope(q, positions, self.rope_base), apply_rope(k, positions, self.rope_base)
+        q, k = apply_rope(q, rotations), apply_rope(k, rotations)
         if cu_seqlens is not None:
             o, state = packed_causal_attention(q, k, v, cu_seqlens, state, keep_state)
             return self.out_proj(o.flatten(-2)), state

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from models.attention import LRPE, GatedLinearAttention
 from models.config import ModelConfig
 from models.layers import Embedding, GatedLinearUnit, LMHead, make_norm
-from models.llama import SoftmaxAttention
+from models.llama import SoftmaxAttention, rope_rotations
 
 PREFILL_TOKENS = 4096  # a longer prompt is read in chunks of this length
 KEPT_RESULTS = (
@@ -55,13 +55,16 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        positions: Tensor,
+        positions: Any,
         cu_seqlens: Tensor | None,
         state: Any,
         keep_state: bool,
         recompute: str = "none",
     ) -> tuple[Tensor, Any]:
-        """x (B, N, D) → (B, N, D) and the next state; `recompute` as `activation_checkpointing`."""
+        """x (B, N, D) → (B, N, D) and the next state.
+
+        positions: (B or 1, N), or for a softmax layer its rotations; recompute: activation_checkpointing.
+        """
         arguments = (x, positions, cu_seqlens, state, keep_state)
         if recompute == "none":
             return self._mix(*arguments)
@@ -99,12 +102,16 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, DecodeState | None]:
         start = state.position if state is not None else 0
         positions = token_positions(tokens.shape[1], start, cu_seqlens, tokens.device)
+        rotations = None
+        if any(map(self.config.uses_softmax, range(len(self.layers)))):
+            rotations = rope_rotations(positions, self.config.head_dim, self.config.rope_base)
         x = self.dropout(self.embed_tokens(tokens, dtype))
         recompute = self.config.activation_checkpointing if torch.is_grad_enabled() else "none"
         next_layers = []
         for index, block in enumerate(self.layers):
             layer_state = state.layers[index] if state is not None and state.layers else None
-            x, layer_state = block(x, positions, cu_seqlens, layer_state, state is not None, recompute)
+            where = rotations if self.config.uses_softmax(index) else positions
+            x, layer_state = block(x, where, cu_seqlens, layer_state, state is not None, recompute)
             next_layers.append(layer_state)
         if state is not None:
             lengths = tokens.shape[1] if cu_seqlens is None else cu_seqlens.diff().long()
