@@ -291,7 +291,10 @@ def segment_state_kernel(
             last_row = tl.load(ends + tl.maximum(first * C, 1) - 1) - 1
             from_chunk = tl.maximum(from_chunk, first + last - 1 - last_row // C)
         else:
-            from_chunk = tl.maximum(from_chunk, tl.load(starts + tl.minimum(last * C, length) - 1) // C)
+            end = tl.minimum(last * C, length)
+            first_row = tl.load(starts + tl.maximum(end, 1) - 1)
+            ends_here = tl.load(ends + tl.maximum(end, 1) - 1) <= end
+            from_chunk = tl.maximum(from_chunk, tl.where(ends_here, last, first_row // C))
     for i in range(from_chunk, last):
         row = (first + last - 1 - i if REVERSE else i) * C
         num_rows = tl.minimum(length - row, C)

@@ -6,15 +6,25 @@ the tokens seen so far: unlike the linear state it grows. Packed sequences have 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.config import ModelConfig
 from models.layers import Linear, cos_sin
+
+# PyTorch alone takes its FlashAttention 2, which is slower on Hopper GPUs (docs/results.md).
+FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def rope_rotations(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -68,6 +78,8 @@ def softmax_backend(device: torch.device, precision: str, packed: bool) -> str:
         return "varlen_attn, FlashAttention"
     if packed:
         return "scaled_dot_product_attention, a document at a time"
+    if device.type == "cuda":
+        return "scaled_dot_product_attention, cuDNN's where it takes the inputs"
     return "scaled_dot_product_attention, the backend of PyTorch's choice"
 
 
@@ -76,7 +88,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     num_queries, num_keys = q.shape[2], k.shape[2]
     if num_queries == num_keys:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        # cuDNN prepares each new shape for long, so only in training, where shapes are few
+        fastest = q.is_cuda and torch.is_grad_enabled()
+        with sdpa_kernel(FASTEST_FIRST, set_priority=True) if fastest else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
     mask = mask.tril(num_keys - num_queries)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)

@@ -37,6 +37,27 @@ def text_like_tokens() -> torch.Tensor:
     return torch.multinomial(share, BOUNDS[-1] + 1, replacement=True, generator=generator)[None].cuda()
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
+def test_batches_in_bf16_have_the_loss_and_gradients_of_fp32(settings, compiled):
+    """Sequences side by side, not packed: softmax layers take cuDNN's attention."""
+    tokens, results = text_like_tokens(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model(settings, dtype, "selective", num_heads=2)
+        if compiled:
+            for block in model.model.layers:
+                block.compile(dynamic=False)
+        loss = model(tokens[:, :-1].view(4, -1), tokens[:, 1:].reshape(4, -1))
+        loss.backward()
+        results.append((float(loss.detach()), {name: p.grad for name, p in model.named_parameters()}))
+    (expected, exact), (loss, gradients) = results
+    assert abs(loss - expected) <= 1e-3 * expected
+    for name, gradient in exact.items():
+        if gradient.ndim == 2:
+            error = float((gradients[name] - gradient).norm() / gradient.norm())
+            assert error <= 3e-2, f"{name}: {error:.1e}"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("recompute", ["none", "selective", "compiled"])
 @pytest.mark.parametrize("num_heads", [2, 4])
