@@ -96,15 +96,24 @@ def segment_chunks(i_p, length, P, C: tl.constexpr):
 
 
 @triton.jit
-def sequence_masks(starts, row, num_rows, o_c):
-    """Of a chunk in packed sequences: (start, from_before, in_last, is_one).
+def chunk_weights(starts, log2_decay, row, num_rows, o_c):
+    """Of a chunk of num_rows rows from `row` on: (start, through, to_end, decay).
 
-    start: where each row's sequence begins, counted from the chunk's first row; from_before: whether that is
-    before the chunk; in_last: whether a row is of the last row's sequence; is_one: whether none begins here.
+    start: where each row's packed sequence begins, counted from `row` (nothing without `starts`). through: a
+    row's weight of the state before the chunk; to_end: its weight in the state after the chunk; decay: that
+    of one state in the other. Each is 0 where a sequence begins in between.
     """
-    start = tl.load(starts + row + o_c) - row
-    start_last = tl.load(starts + row + num_rows - 1) - row
-    return start, start < 0, o_c >= start_last, start_last < 0
+    start = o_c
+    through = decay_powers(log2_decay, o_c + 1)
+    to_end = decay_powers(log2_decay, num_rows - 1 - o_c)
+    decay = tl.exp2(log2_decay * num_rows)
+    if starts is not None:
+        start = tl.load(starts + row + o_c) - row
+        start_last = tl.load(starts + row + num_rows - 1) - row
+        through = tl.where(start < 0, through, 0.0)
+        to_end = tl.where(o_c >= start_last, to_end, 0.0)
+        decay = tl.where(start_last < 0, decay, 0.0)
+    return start, through, to_end, decay
 
 
 @triton.jit
@@ -169,15 +178,9 @@ def walk_kernel(
     for i in range(first, last):
         row = (first + last - 1 - i if REVERSE else i) * C
         num_rows = tl.minimum(length - row, C)
-        to_end = decay_powers(log2_decay, num_rows - 1 - o_c)
-        through = decay_powers(log2_decay, o_c + 1)
-        decay = tl.exp2(log2_decay * num_rows)
+        start, through, to_end, decay = chunk_weights(starts, log2_decay, row, num_rows, o_c)
         b_weight = b_decay
         if starts is not None:
-            start, from_before, in_last, is_one = sequence_masks(starts, row, num_rows, o_c)
-            through = tl.where(from_before, through, 0.0)
-            to_end = tl.where(in_last, to_end, 0.0)
-            decay = tl.where(is_one, decay, 0.0)
             if REVERSE:
                 b_weight = tl.where(o_c[None, :] >= start[:, None], b_decay, 0.0)
             else:
@@ -233,15 +236,9 @@ def dk_dv_kernel(
     for i in range(first, last):
         row = (first + last - 1 - i) * C
         num_rows = tl.minimum(length - row, C)
-        to_end = decay_powers(log2_decay, num_rows - 1 - o_c)
-        through = decay_powers(log2_decay, o_c + 1)
-        decay = tl.exp2(log2_decay * num_rows)
+        start, through, to_end, decay = chunk_weights(starts, log2_decay, row, num_rows, o_c)
         b_weight = b_decay
         if starts is not None:
-            start, from_before, in_last, is_one = sequence_masks(starts, row, num_rows, o_c)
-            through = tl.where(from_before, through, 0.0)
-            to_end = tl.where(in_last, to_end, 0.0)
-            decay = tl.where(is_one, decay, 0.0)
             b_weight = tl.where(o_c[None, :] >= start[:, None], b_decay, 0.0)
         b_k = d_k.load([row, 0])  # [C, BK]
         b_q = d_q.load([row, 0])  # [C, BK]
@@ -298,15 +295,10 @@ def segment_state_kernel(
     for i in range(from_chunk, last):
         row = (first + last - 1 - i if REVERSE else i) * C
         num_rows = tl.minimum(length - row, C)
-        into_state = decay_powers(log2_decay, o_c + 1 if REVERSE else num_rows - 1 - o_c)
-        decay = tl.exp2(log2_decay * num_rows)
-        if starts is not None:
-            _, from_before, in_last, is_one = sequence_masks(starts, row, num_rows, o_c)
-            into_state = tl.where(from_before if REVERSE else in_last, into_state, 0.0)
-            decay = tl.where(is_one, decay, 0.0)
+        _, through, to_end, decay = chunk_weights(starts, log2_decay, row, num_rows, o_c)
         b_k = d_k.load([row, 0])  # [C, BK]
         b_v = d_v.load([row, i_v * BV])  # [C, BV]
-        b_s = add_rows(b_s, b_k, b_v, decay, into_state, scale, SPLIT)
+        b_s = add_rows(b_s, b_k, b_v, decay, through if REVERSE else to_end, scale, SPLIT)
     offsets, mask = state_tile(i_v, Dk, Dv, BK, BV, False)
     i_state = (i_seq * (P - 1) + i_p) * H + i_h
     tl.store(states + i_state.to(tl.int64) * (Dk * Dv) + offsets, b_s * scale, mask)
