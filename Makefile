@@ -1,7 +1,7 @@
 # make demo   raw text to perplexity in one command
 # make test   the whole test suite
 # make check  style and types
-# make torture  the full reliability tests, and a table of what was kept (docs/reliability.md); an hour
+# make torture  the full forms of the longest tests, and a table of what was kept (docs/reliability.md); an hour
 # Each sets up .venv first; PYTHON names the interpreter to make it with (3.11 or 3.12).
 
 PYTHON ?= python3
@@ -42,7 +42,7 @@ test: .venv/installed
 	  || { echo 'the failed tests again, alone: some have deadlines'; $(BIN)/python -m pytest --last-failed; }
 
 torture: .venv/installed
-	@$(BIN)/python -m pytest -m torture -v --no-header tests/test_reliability_*.py
+	@$(BIN)/python -m pytest -m torture -v --no-header
 
 check: .venv/installed
 	@$(BIN)/ruff check .

@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
+    # files that start training processes first, so that no worker is left with a long one at the end
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -33,9 +35,8 @@ def pytest_terminal_summary(terminalreporter):
     if promises:
         terminalreporter.write_line("\n| promise | held | figures | minutes |\n| --- | --- | --- | ---: |")
     for (file, name), cases in sorted(promises.items()):
-        promise = f"{file.removeprefix('tests/test_reliability_').removesuffix('.py')}: " + name[5:].replace(
-            "_", " "
-        )
+        topic = file.removeprefix("tests/test_").removeprefix("reliability_").removesuffix(".py")
+        promise = f"{topic}: {name[5:].replace('_', ' ')}"
         held = f"{sum(case.passed for case in cases)} of {len(cases)}"
         figures = "; ".join(text for case in cases for key, text in case.user_properties if key == "figure")
         minutes = sum(case.duration for case in cases) / 60

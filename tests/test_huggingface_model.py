@@ -100,17 +100,25 @@ def test_a_long_prompt_is_read_in_chunks_that_change_nothing():
 
 
 @torch.no_grad()
-def test_greedy_tokens_are_our_generators():
+@pytest.mark.parametrize(
+    ("num_prompts", "num_tokens"), [(10, 64), pytest.param(50, 256, marks=pytest.mark.torture)]
+)
+def test_greedy_tokens_are_our_generators(num_prompts, num_tokens):
     model, wrapped = make_pair(num_layers=2)
-    prompts = [random_tokens(50, 40)[i, : 3 + i % 37].tolist() for i in range(50)]
+    prompts = [random_tokens(num_prompts, 40)[i, : 3 + i % 37].tolist() for i in range(num_prompts)]
     longest = max(map(len, prompts))
     padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     got = wrapped.generate(
-        padded, attention_mask=mask, max_new_tokens=256, do_sample=False, eos_token_id=None, pad_token_id=0
+        padded,
+        attention_mask=mask,
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     for prompt, ids in zip(prompts, got[:, longest:].tolist(), strict=True):
-        ours = list(generate(model, prompt, 256, SamplingConfig(temperature=0), torch.device("cpu")))
+        ours = list(generate(model, prompt, num_tokens, SamplingConfig(temperature=0), torch.device("cpu")))
         assert ids == ours
 
 

@@ -79,7 +79,9 @@ def test_moments_unpacked_for_a_save_leave_the_next_step_as_it_was():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.torture), 1, pytest.param(3, marks=pytest.mark.torture)]
+)
 def test_a_resumed_run_is_the_run_that_never_stopped(stage, tmp_path):
     text = write_text(tmp_path / "corpus" / "text")
     more = [f"engine=zero{stage}", "schedule.total_steps=5", "optim=adamw_8bit"]

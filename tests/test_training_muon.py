@@ -120,7 +120,9 @@ def state(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize(
+    ("stage", "ranks"), [(0, 2), (1, 1), pytest.param(2, 3, marks=pytest.mark.torture), (3, 2)]
+)
 def test_stages_and_ranks_give_the_same_weights(stage, ranks, text, reference, tmp_path):
     batch = ["batch_tokens=192", "micro_batch_size=1"] if ranks == 3 else []
     if batch:
@@ -137,7 +139,9 @@ def test_stages_and_ranks_give_the_same_weights(stage, ranks, text, reference, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (3, "fp32")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [pytest.param(1, "bf16", marks=pytest.mark.torture), (3, "fp32")]
+)
 def test_a_resumed_run_is_the_run_that_never_stopped(stage, precision, text, tmp_path):
     more = [f"engine=zero{stage}", f"engine.precision={precision}"]
     whole = train(text, tmp_path / "whole", *more, ranks=2)
