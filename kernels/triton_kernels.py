@@ -416,12 +416,12 @@ class _Call:
         has_states: bool,
     ):
         self.num_sequences, self.P = segment_states.shape[0], segment_states.shape[1] + 1
-        self.slopes, self.cu_seqlens = slopes, cu_seqlens
+        self.slopes, self.cu_seqlens = slopes.contiguous(), _contiguous(cu_seqlens)
         self.N, self.H = q.shape[1:3]
         self.starts = self.ends = None
         if cu_seqlens is not None and self.num_sequences == 1 and not has_states:
+            self.starts, self.ends = sequence_bounds(cu_seqlens.contiguous(), self.N)
             self.cu_seqlens = None
-            self.starts, self.ends = sequence_bounds(cu_seqlens, self.N)
         self.launch = choose_launch(q.dtype, max(q.shape[3], v.shape[3]), q.device)
         self.hopper = None
         if self.launch.gluon:
@@ -534,7 +534,7 @@ def backward(
 
 def step(q, k, v, slopes, state) -> tuple[Tensor, Tensor]:
     """o and the state after one token; q, k (B, H, Dk), v (B, H, Dv), state (B, H, Dk, Dv)."""
-    q, k, v, state = (x.contiguous() for x in (q, k, v, state))
+    q, k, v, slopes, state = (x.contiguous() for x in (q, k, v, slopes, state))
     o, new_state = torch.empty_like(v), torch.empty_like(state)
     B, H, Dk, Dv = state.shape
     BK = padded(Dk)

@@ -26,6 +26,7 @@ from kernels.launch import padded
 from kernels.triton_kernels import (
     LOG2_E,
     _allocate,
+    _contiguous,
     _rows,
     _strides,
     decay_powers,
@@ -121,7 +122,8 @@ def _left_product(
     num_tiles = triton.cdiv(N, tiles.output_rows)
     triton.set_allocator(_allocate)
     left_product_kernel[(num_sequences * num_tiles * H,)](
-        a, b, c, out, slopes, cu_seqlens, _strides(a), _strides(b), _strides(c), _strides(out),
+        a, b, c, out, slopes.contiguous(), _contiguous(cu_seqlens),
+        _strides(a), _strides(b), _strides(c), _strides(out),
         N, num_tiles, H,
         DA=DA, DC=DC, BA=padded(DA), BC=padded(DC), BM=tiles.output_rows, BN=tiles.rows, REVERSE=reverse,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,

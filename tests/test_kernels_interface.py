@@ -12,6 +12,7 @@ import torch
 from kernels import default_backend, lightning_attention, lightning_attention_step
 from kernels.launch import force
 from kernels.lightning_attention import _backward, _forward, _step
+from kernels.quadratic import quadratic_attention
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -184,6 +185,24 @@ def test_the_package_named_kernels_on_pypi_is_not_installed():
     for file in ROOT.glob("requirements*.txt"):
         names = [line.split("=")[0].strip().lower() for line in file.read_text().splitlines()]
         assert "kernels" not in names, file.name
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_slopes_and_bounds_may_have_any_stride(backend):
+    q, k, v, state, slopes = make(B=1, H=3)
+    cu_seqlens = torch.tensor([0, 7, 20], dtype=torch.int32, device=DEVICE)
+    strided = [x.repeat_interleave(2)[::2] for x in (slopes, cu_seqlens)]
+    assert not any(x.is_contiguous() for x in strided)
+
+    def outputs(slopes, cu_seqlens):
+        packed = {"cu_seqlens": cu_seqlens, "backend": backend}
+        o, final = lightning_attention(q, k, v, slopes, output_final_state=True, **packed)
+        without_states, _ = lightning_attention(q, k, v, slopes, **packed)
+        step = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, state)
+        return [o, final, without_states, quadratic_attention(q, k, v, slopes, **packed), *step]
+
+    for a, b in zip(outputs(slopes, cu_seqlens), outputs(*strided), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_transformers_imports_beside_our_kernels():
