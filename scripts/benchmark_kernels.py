@@ -64,6 +64,10 @@ class BenchmarkConfig:
         parts = ("all", "correctness", "lengths", "extras", "passes")
         if self.only not in parts:
             raise SettingError(f"only={self.only}: allowed are {', '.join(parts)}.")
+        if self.only in ("extras", "passes"):
+            if self.providers not in (None, ["ours"]):
+                raise SettingError(f"only={self.only} times ours alone: leave providers out, or [ours].")
+            self.providers = ["ours"]
         if self.dtype is not None and self.dtype not in DTYPES:
             raise SettingError(f"dtype={self.dtype}: allowed are {', '.join(DTYPES)}.")
         if self.rounds < 1 or self.heads < 1:
@@ -374,29 +378,29 @@ def time_extras(config, ours: Provider, device, clock, bandwidth) -> list[Row]:
         "Dk = 2 Dv": (16, 8192, 16, 256, 128),
         "H = 8, B = 1": (1, 131072, 8, 128, 128),
         "1M tokens": (1, 2**20, 16, 128, 128),
-        "1,024 documents of 128": (1, 131072, 16, 128, 128),
-        "1,000 documents": (1, 131072, 16, 128, 128),
     }
+    packed_shape = (1, 131072, 16, 128, 128)
+    packed = packed_cases(packed_shape[1], config.seed)
     rows = []
-    for name, shape in cases.items():
-        packed = _documents(name, shape[1], config.seed, device)
-        rows += time_case(config, [ours], name, shape, dtype, device, clock, bandwidth, packed)
+    for name, shape in [*cases.items(), *((name, packed_shape) for name in packed)]:
+        bounds = torch.tensor(packed[name], device=device, dtype=torch.int32) if name in packed else None
+        rows += time_case(config, [ours], name, shape, dtype, device, clock, bandwidth, bounds)
         print_rows(rows[-1:])
     rows += time_decoding(config, dtype, device, clock, bandwidth)
     print_rows(rows[-2:])
     return rows
 
 
-def _documents(case: str, num_tokens: int, seed: int, device: str) -> Tensor | None:
-    """cu_seqlens of equal documents or of documents of random length."""
-    if "documents" not in case:
-        return None
-    bounds = torch.arange(0, num_tokens + 1, 128)
-    if case.startswith("1,000"):
-        generator = torch.Generator().manual_seed(seed)
-        inner = torch.randint(num_tokens + 1, (999,), generator=generator).sort().values
-        bounds = torch.cat([torch.tensor([0]), inner, torch.tensor([num_tokens])])
-    return bounds.to(device, torch.int32)
+def packed_cases(num_tokens: int, seed: int) -> dict[str, list[int]]:
+    """Ways to cut `num_tokens` into documents: name to where each begins, and the end."""
+    generator = torch.Generator().manual_seed(seed)
+    inner = torch.randint(num_tokens + 1, (999,), generator=generator).sort().values.tolist()
+    return {
+        "1,024 documents of 128": list(range(0, num_tokens + 1, 128)),
+        "1,000 documents": [0, *inner, num_tokens],
+        "16 documents of 8,192": list(range(0, num_tokens + 1, 8192)),
+        "one long, 100 short": [0, *range(num_tokens - 30_000, num_tokens + 1, 300)],
+    }
 
 
 def print_passes(config, device, ours: Provider) -> None:
@@ -545,8 +549,6 @@ def main(config: BenchmarkConfig) -> int:
         providers = [p for p in providers if p.name in config.providers]
         if not providers:
             raise SettingError(f"providers={config.providers}: none of them is installed.")
-    if config.only in ("extras", "passes"):
-        providers = [p for p in providers if p.name == "ours"]  # what these parts time
     print(f"{name}, torch {torch.__version__}, backend {default_backend(device)}")
     checks = check_correctness(config, providers, device)
     wrong = {row["provider"] for row in checks if row["verdict"] != "right"}
@@ -556,10 +558,11 @@ def main(config: BenchmarkConfig) -> int:
     rows = []
     if config.only in ("all", "lengths"):
         rows += time_lengths(config, providers, device, clock, bandwidth)
-    if config.only in ("all", "extras") and device == "cuda" and "ours" not in wrong:
-        rows += time_extras(config, providers[0], device, clock, bandwidth)
-    if config.only in ("all", "passes") and device == "cuda" and "ours" not in wrong:
-        print_passes(config, device, providers[0])
+    ours = next((p for p in providers if p.name == "ours"), None)
+    if config.only in ("all", "extras") and device == "cuda" and ours:
+        rows += time_extras(config, ours, device, clock, bandwidth)
+    if config.only in ("all", "passes") and device == "cuda" and ours:
+        print_passes(config, device, ours)
     write_results(config, name, bandwidth, checks, rows)
     print(f"\n{name}, copy {bandwidth / 1e9:.2f} TB/s; not timed because wrong or failing: {sorted(wrong)}")
     print(f"results in {config.output}\n\n{markdown(rows)}" if rows else f"results in {config.output}")
