@@ -25,8 +25,7 @@ RANKS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 2 ] && n=2; echo $
 DEVICE := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 COUNT := --num_accelerators $(RANKS)
 endif
-# DeepSpeed builds its communication op with ninja, which lies beside it.
-LAUNCH = $(DEVICE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed $(COUNT) --master_port $(FREE_PORT)
+LAUNCH = $(DEVICE) $(BIN)/deepspeed $(COUNT) --master_port $(FREE_PORT)
 # A port that is free now, so that two jobs of this machine don't meet.
 FREE_PORT = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 

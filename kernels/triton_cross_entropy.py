@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.torch_cross_entropy import IGNORED as IGNORED_TARGET
+
 BLOCK = 8192  # logits of a row held at once
 NUM_WARPS = 16
 
@@ -45,12 +47,11 @@ def cross_entropy_kernel(
 
 def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
     """See kernels/cross_entropy.py."""
-    from kernels.cross_entropy import IGNORED
-
     num_tokens, vocab_size = logits.shape
     losses = torch.empty(num_tokens, dtype=torch.float32, device=logits.device)
-    cross_entropy_kernel[(num_tokens,)](
-        logits, targets, losses, vocab_size, logits.stride(0),
-        IGNORED=IGNORED, BLOCK=BLOCK, GRADIENT=with_gradient, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        cross_entropy_kernel[(num_tokens,)](
+            logits, targets, losses, vocab_size, logits.stride(0),
+            IGNORED=IGNORED_TARGET, BLOCK=BLOCK, GRADIENT=with_gradient, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return losses
