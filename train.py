@@ -48,7 +48,8 @@ def multirun(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     settings = command_line()
-    if "-m" in settings or "--multirun" in settings:
+    wants_help = "--help" in settings or "-h" in settings
+    if ("-m" in settings or "--multirun" in settings) and not wants_help:
         try:
             sys.exit(multirun([setting for setting in settings if setting not in ("-m", "--multirun")]))
         except USER_ERRORS as error:

@@ -134,7 +134,8 @@ class GatedLinearAttention(nn.Module):
         carries_state = state is not None or keep_state
         if self.config.attention == "quadratic" and not carries_state:
             return quadratic_attention(q, k, v, self.slopes, cu_seqlens), None
-        if state is not None and q.shape[1] == 1 and cu_seqlens is None:
+        decodes = state is not None and q.shape[1] == 1 and cu_seqlens is None
+        if decodes and not torch.is_grad_enabled():  # the step has no gradient
             o, state = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], self.slopes, state)
             return o[:, None], state
         return lightning_attention(

@@ -13,6 +13,7 @@ from typing import get_type_hints
 
 # One chunk length for all FLOP counts, whatever the kernel uses, so that figures stay comparable.
 FLOP_CHUNK_TOKENS = 64
+MOST_LAYERS = 1000
 
 CHOICES = {
     "attention": ("lightning", "quadratic", "softmax"),
@@ -75,6 +76,8 @@ class ModelConfig:
         for key in ("hidden_size", "num_layers", "num_heads", "glu_size", "gate_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1.")
+        if self.num_layers > MOST_LAYERS:
+            raise ValueError(f"model.num_layers={self.num_layers} must be at most {MOST_LAYERS}.")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(
                 f"model.vocab_size={self.vocab_size} must be at least 1, or null to follow the tokenizer."
@@ -91,6 +94,11 @@ class ModelConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}."
+            )
+        if self.attention == "softmax" and self.head_dim % 2:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} gives heads of {self.head_dim} features; RoPE turns "
+                "pairs of them, so their number must be even: choose another model.num_heads."
             )
         if self.attention != "softmax" and (self.head_dim % 8 or max(self.qk_dim(0), self.qk_dim(1)) > 256):
             raise ValueError(

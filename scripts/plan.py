@@ -45,7 +45,8 @@ class PlanConfig(PlannedConfig):
         if gpu is None:
             names = ", ".join(key.lower().replace(" ", "-") for key in GPU_MEMORY_GIB)
             raise SettingError(
-                f"gpu={self.gpu} is unknown. Allowed: {names}; for another also set gpu_memory_gib."
+                f"gpu={self.gpu} is unknown. Allowed: {names}. "
+                "For another give the nearest of these, and gpu_memory_gib."
             )
         self.gpu = gpu
         for key in ("gpu_memory_gib", "tokens"):

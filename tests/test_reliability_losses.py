@@ -115,7 +115,8 @@ def test_a_spike_is_reported(text, tmp_path):
 def test_a_rollback_leaves_the_bad_batch_out_and_lasts_over_a_resume(text, tmp_path):
     run_dir = tmp_path / "run"
     faults = {rank: [("bad_batch", [22], 40.0), ("record_batches", str(tmp_path))] for rank in range(2)}
-    more = ("save_every=10", "spike_action=rollback", "schedule.total_steps=26")
+    more = ("save_every=10", "spike_action=rollback", "schedule.total_steps=26", "eval_every=11")
+    more = (*more, "sample_every=11", "sample_tokens=2")
     ranks = train(text, run_dir, *more, "max_steps=24", num_ranks=2, faults=faults)
     assert ranks.wait() == [0, 0], ranks.stderr()
     assert "went back to step 20; 3 batches are left out" in ranks.stderr()
@@ -123,6 +124,9 @@ def test_a_rollback_leaves_the_bad_batch_out_and_lasts_over_a_resume(text, tmp_p
     assert json.loads((tmp_path / "batches0").read_text()) == [*range(23), *range(23, 27)]
     assert sorted(lines(run_dir)) == list(range(1, 25))
     assert lines(run_dir, "rolled_back_from")[20]["rolled_back_from"] == 23
+    assert list(lines(run_dir, "valid_loss")) == [11, 22, 24]  # what was dropped is scored again
+    sampled = [json.loads(line)["step"] for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert sampled == [11, 22, 24]
     assert train(text, run_dir, *more, "max_steps=26", num_ranks=2, faults=faults).wait() == [0, 0]
     assert json.loads((tmp_path / "batches0").read_text()) == [27, 28]
     assert list_checkpoints(run_dir / "checkpoints")[0].name == "step_00000026"

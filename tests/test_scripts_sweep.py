@@ -6,6 +6,7 @@ Most points are a small script in place of train.py, told by the model's name wh
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -430,6 +431,32 @@ def test_the_axis_is_the_crossed_setting_where_there_is_one_length(tmp_path):
     assert [row["optim.lr"] for row in read_csv(tmp_path)] == ["0.001", "0.01"]
     run(tmp_path / "words", definition(seq_lens=[64], cross=["model.decay=paper,none"]), {})
     assert (tmp_path / "words" / "plots" / "loss.png").exists()
+
+
+def test_an_engine_of_a_points_own_is_the_one_that_is_reported(tmp_path):
+    sweep = definition(
+        seq_lens=[64], models=["tnl-tiny", "llama-tiny engine=zero3"], cross=["engine=zero0,zero2"]
+    )
+    run(tmp_path, sweep, {})
+    assert [row["engine"] for row in read_csv(tmp_path)] == ["zero0", "zero2"] * 2
+    text = (tmp_path / "table.md").read_text()
+    assert "| engine | zero0 | zero2 |" in text
+    run(tmp_path / "own", definition(models=["tnl-tiny engine=zero3"]), {})
+    assert {row["engine"] for row in read_csv(tmp_path / "own")} == {"zero3"}
+
+
+HEADERS = [path.read_text().replace(" \\\n#", "") for path in sorted((CONFIG_DIR / "sweep").glob("*.yaml"))]
+HEADERS = [header for header in HEADERS if "python -m scripts.sweep" in header]
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_the_command_in_a_sweeps_header_runs(header, tmp_path):
+    command = next(line for line in header.splitlines() if "python -m scripts.sweep" in line)
+    arguments = shlex.split(command.removeprefix("#"))[3:]
+    (tmp_path / "TRAIN").write_text("text")
+    arguments = [argument.replace("TRAIN", str(tmp_path / "TRAIN")) for argument in arguments]
+    config = compose(SweepConfig, arguments, "sweep")
+    assert len(expand(config.sweep)) >= 4
 
 
 def test_last_lines_of_a_long_log(tmp_path):

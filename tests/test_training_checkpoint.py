@@ -1,10 +1,12 @@
-"""Saving a checkpoint: what is listed while other ranks are still writing."""
+"""Saving and opening checkpoints: files of other ranks, and of many."""
 
 import torch
 
-from training.checkpoint import open_checkpoint, save_checkpoint
+from training.checkpoint import _finish, _write_fragments, open_checkpoint, save_checkpoint
 from training.distributed import World
 from training.engine import Fragment
+
+KINDS = ("param", "exp_avg", "exp_avg_sq")
 
 
 def test_a_file_that_another_rank_is_writing_is_not_listed(tmp_path):
@@ -14,8 +16,7 @@ def test_a_file_that_another_rank_is_writing_is_not_listed(tmp_path):
         (folder / "config.yaml").write_text("{}")
         (folder / ".tmpAbC123").write_bytes(b"half a file")
 
-    kinds = ("param", "exp_avg", "exp_avg_sq")
-    fragment = Fragment("weight", (4,), 0, {kind: torch.arange(4.0) for kind in kinds})
+    fragment = Fragment("weight", (4,), 0, {kind: torch.arange(4.0) for kind in KINDS})
     saved = save_checkpoint(
         tmp_path,
         step=1,
@@ -30,3 +31,19 @@ def test_a_file_that_another_rank_is_writing_is_not_listed(tmp_path):
         "state.json",
         "rank00000-00000.safetensors",
     }
+
+
+def test_a_checkpoint_of_many_ranks_is_read_back(tmp_path):
+    """At stage 3 every rank's file names every parameter: hundreds of ranks have large headers together."""
+    num_ranks, names = 36, [f"layers.{index}.{'x' * 200}" for index in range(600)]
+    temporary, parts = tmp_path / "temporary", []
+    temporary.mkdir()
+    for rank in range(num_ranks):
+        tensors = {kind: torch.full((1,), float(rank)) for kind in KINDS}
+        fragments = [Fragment(name, (num_ranks,), rank, tensors) for name in names]
+        parts.append(_write_fragments(temporary, fragments, rank))
+    _finish(temporary, tmp_path / "step_00000001", parts, {"step": 1})
+    opened = open_checkpoint(tmp_path / "step_00000001")
+    assert sum(entry["bytes"] for entry in opened.manifest["files"].values()) > 16 * 2**20
+    values = opened.read(names[-1], "param", 0, num_ranks)
+    assert values.tolist() == [float(rank) for rank in range(num_ranks)]

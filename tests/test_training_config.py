@@ -9,6 +9,8 @@ import yaml
 from training_helpers import run, settings, write_text
 
 from data.errors import DataError
+from scripts.benchmark_kernels import BenchmarkConfig
+from scripts.sweep import SweepConfig
 from training.config import (
     TrainConfig,
     check_resumable,
@@ -17,6 +19,7 @@ from training.config import (
     flatten,
     load_saved_config,
     model_config_from,
+    override,
     save_config,
     sweep_points,
     to_dict,
@@ -30,7 +33,24 @@ REFUSED = [
     ("model.num_head=3", "Did you mean model.num_heads?"),
     ("model=tnl-9b", "Allowed: llama-13b"),
     ("seq_len=0", "seq_len=0 must be at least 1"),
-    ("seq_len=many", "seq_len: Value 'many'"),
+    ("seq_len=many", "seq_len=many: must be a whole number."),
+    ("seq_len=null", "seq_len=null: must be a whole number."),
+    ("run_dir=null", "run_dir=null: must be a text."),
+    ("run_dir=", "run_dir= is empty"),
+    ("overwrite=perhaps", "overwrite=perhaps: must be true or false."),
+    ("optim.lr=fast", "optim.lr=fast: must be a number."),
+    ("optim.lr=inf", "optim.lr=inf must be a finite number"),
+    ("optim.grad_clip=nan", "optim.grad_clip=nan must be a finite number"),
+    ("seed=99999999999999999999", "at most 64 bits"),
+    ("micro_batch_size=true", "a number of sequences, or auto"),
+    ("model.num_layers=99999999999", "model.num_layers=99999999999"),
+    ("experiment=dmeo", "experiment=dmeo: unknown. Allowed: ablations, demo"),
+    ("experiment=demo,length", "Allowed: ablations, demo"),
+    ("model=null", "model=null: unknown. Allowed: llama-13b"),
+    ("wandb=true", "wandb.<part>=value"),
+    ("+foo=1", "foo: unknown setting"),
+    ("data@x=text", "data@x: unknown setting"),
+    ("a b=c", "a b: unknown setting"),
     ("batch_tokens=1000", "batch_tokens=1000 is not a multiple of seq_len=1024"),
     ("batch_tokens=5000", "Try batch_tokens=4096"),
     ("max_steps=-1", "max_steps=-1 must be at least 1"),
@@ -47,7 +67,7 @@ REFUSED = [
     ("seq_len=1,2", "need -m"),
     ("--verbose", "Write key=value"),
     ("seq_len", "Write key=value"),
-    ("seq_len=[", "seq_len: Value '['"),
+    ("seq_len=[", "seq_len=[: must be a whole number"),
     ("optim.lr=nan", "optim.lr=nan must be above 0"),
 ]
 
@@ -110,9 +130,44 @@ def test_flatten_gives_dotted_keys():
     assert flat["seed"] == 0
 
 
-@pytest.mark.parametrize("text", ["a, b", "def main(x): return {x}", "it's \\n 100%", "a=b", "[1", "x y"])
-def test_text_needs_no_quotes_of_hydras(text):
+TEXTS = ["a, b", "def main(x): return {x}", "it's \\n 100%", "a=b", "[1", "x y", "def ", "    return", "true"]
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "1e3", "1_000", "[1,2]", "{a:1}", "", "\\", "a'"])
+def test_text_is_taken_as_it_stands(text):
     assert compose(TrainConfig, [f"sample_prompt={text}"], "train").sample_prompt == text
+
+
+def test_text_may_stand_in_hydras_quotes_and_name_other_settings():
+    config = compose(TrainConfig, ["sample_prompt='it\\'s'", "run_dir=runs/${model.name}-${seed}"], "train")
+    assert (config.sample_prompt, config.run_dir) == ("it's", "runs/tnl-tiny-0")
+    assert compose(TrainConfig, ["+seed=3", "experiment=demo"], "train").seed == 3
+    for text in ("${seed}", "it's", "a\\", "x ' y \\' z"):
+        assert compose(TrainConfig, [override("sample_prompt", text)], "train").sample_prompt == text
+
+
+@pytest.mark.parametrize(
+    ("given", "lengths"),
+    [("64", [64]), ("64,128", [64, 128]), ("[64,128]", [64, 128]), ("[64]", [64]), ("null", None)],
+)
+def test_a_list_may_leave_its_brackets_out(given, lengths):
+    assert compose(BenchmarkConfig, [f"lengths={given}"]).lengths == lengths
+
+
+def test_a_list_of_settings_needs_no_quotes():
+    for given in ("a=1,b=[2", "[a=1,'b']x"):
+        with pytest.raises(SettingError, match="can't be read as a list"):
+            compose(SweepConfig, [f"sweep.settings={given}"], "sweep")
+    for given in ("[seq_len=1,seed=2]", '["seq_len=1","seed=2"]', "seq_len=1, seed=2"):
+        config = compose(SweepConfig, [f"sweep.settings={given}"], "sweep")
+        assert config.sweep.settings == ["seq_len=1", "seed=2"]
+    with pytest.raises(SettingError, match=r"lengths=1k: must be a list, as \[a,b\], or null"):
+        compose(BenchmarkConfig, ["lengths=1k"])
+
+
+def test_an_experiment_is_recorded_by_name():
+    config = compose(TrainConfig, ["experiment=demo"], "train")
+    assert (config.experiment, config.max_steps) == ("demo", 500)
 
 
 def test_sweep_points_cross_in_order():
@@ -202,8 +257,9 @@ def test_a_half_set_launcher_environment_is_refused(tmp_path, monkeypatch):
     assert "WORLD_SIZE" in result.stderr
 
 
-def test_help_lists_every_setting():
-    result = run(["train.py", "--help"])
+@pytest.mark.parametrize("more", [[], ["-m", "seq_len=1,2"]])
+def test_help_lists_every_setting(more):
+    result = run(["train.py", *more, "--help"])
     assert result.returncode == 0
     shown = yaml.safe_load(result.stdout.split("key=value")[-1].split(":\n\n", 1)[1].split("\nGroups")[0])
     assert flatten(shown).keys() >= flatten(TrainConfig()).keys()

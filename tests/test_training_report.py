@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from models.config import ModelConfig
-from training.config import TrainConfig, compose, flatten, load_saved_config, save_config
-from training.report import fenced, override, write_report
+from training.config import TrainConfig, compose, flatten, load_saved_config, override, save_config
+from training.report import fenced, write_report
 from training.run_folder import RunFolder
 
 PNG = b"\x89PNG\r\n\x1a\n"

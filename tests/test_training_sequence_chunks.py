@@ -56,6 +56,7 @@ def make_batch(num_rows: int, length: int, bounds: list[int] | None) -> Batch:
         (1, None, 32),
         (3, None, 96),
         (1, None, 40),  # does not divide the 96 tokens
+        (1, None, 95),  # the first chunk has one token
         (1, [0, 96], 32),
         (1, [0, 10, 40, 41, 96], 32),  # across cuts, within and at the ends of chunks
         (1, [0, 32, 64, 96], 32),  # cuts between sequences only

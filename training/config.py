@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose as hydra_compose
@@ -22,9 +24,10 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from data.config import DataConfig, TokenizerConfig
 from data.files import read_limited, write_atomically
@@ -50,7 +53,7 @@ CHANGEABLE_ON_RESUME = (
     "max_skipped_steps",
     "spike_action",
     "allow_changed_data",
-    "eval_tokens",
+    "experiment",
     "sample_prompt",
     "sample_tokens",
     "engine.",
@@ -156,7 +159,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    experiment: Any = None
+    experiment: str | None = None  # the name of the experiment whose settings these are
 
     def __post_init__(self) -> None:
         for key in ("seq_len", "batch_tokens", "max_steps", "keep_checkpoints", "max_skipped_steps"):
@@ -193,8 +196,12 @@ class TrainConfig:
             raise SettingError(
                 "optim=muon does not work with offloading: use an engine without it, or optim=adamw."
             )
+        if not self.run_dir.strip():
+            raise SettingError("run_dir= is empty: give the folder of the run, as run_dir=outputs/name.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise SettingError(f"seed={self.seed} must be a whole number of at most 64 bits.")
         if self.micro_batch_size != "auto" and (
-            not isinstance(self.micro_batch_size, int) or self.micro_batch_size < 1
+            type(self.micro_batch_size) is not int or self.micro_batch_size < 1
         ):
             raise SettingError(f"micro_batch_size={self.micro_batch_size!r}: a number of sequences, or auto.")
 
@@ -240,50 +247,135 @@ def compose(schema: type, arguments: list[str], config_name: str | None = None):
         SettingError: names the key or group, the value and what is allowed.
     """
     ConfigStore.instance().store(name=f"{config_name or 'settings'}_schema", node=schema)
-    for argument in arguments:
-        if argument.startswith("-") or "=" not in argument:
-            raise SettingError(f"{argument}: not a setting. Write key=value; --help lists the keys.")
+    given = dict(_split(argument) for argument in arguments)
+    overrides = [_as_hydra_reads(key, value, schema, config_name) for key, value in map(_split, arguments)]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            overrides = [_quote_if_needed(argument) for argument in arguments]
             composed = hydra_compose(config_name or "settings_schema", overrides=overrides)
-        return OmegaConf.to_object(composed)
+        config: Any = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise SettingError(_explain(error, schema)) from None
+        raise SettingError(_explain(error, schema, given)) from None
     except USER_ERRORS:
         raise
     except ValueError as error:
         raise SettingError(str(error)) from None
+    for key, value in flatten(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SettingError(f"{key}={value} must be a finite number.")
+    if given.get("experiment", "null") != "null":
+        config.experiment = given["experiment"]
+    return config
 
 
-def _quote_if_needed(argument: str) -> str:
-    """Take a value that Hydra's grammar can't read as one value (a prompt, a path with `=`) as plain text."""
-    try:
-        if not OverridesParser.create().parse_override(argument).is_sweep_override():
-            return argument
-    except HydraException:
-        pass
+def _split(argument: str) -> tuple[str, str]:
+    """Key and value; a leading + or ++, which Hydra takes for keys that are not there yet, is left out."""
+    if argument.startswith("-") or "=" not in argument:
+        raise SettingError(f"{argument}: not a setting. Write key=value; --help lists the keys.")
     key, value = argument.split("=", 1)
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
-    return f"{key}='{escaped}'"
+    return key.removeprefix("+").removeprefix("+"), value
 
 
-def _explain(error: Exception, schema: type) -> str:
+def _as_hydra_reads(key: str, value: str, schema: type, config_name: str | None) -> str:
+    """`key=value` in Hydra's grammar, read by the field's type: a text is taken as it stands.
+
+    Raises:
+        SettingError: no such key, no such choice of a group, or a value that can't be of the type.
+    """
+    kind = _type_of(key, schema)
+    if is_dataclass(kind) or key == "experiment":
+        choices = sorted(path.stem for path in (CONFIG_DIR / key).glob("*.yaml"))
+        if value not in choices and (key, value) != ("experiment", "null"):
+            allowed = f"Allowed: {', '.join(choices)}." if choices else f"Set its parts: {key}.<part>=value."
+            raise SettingError(f"{key}={value}: unknown. {allowed}")
+        return f"{key}={value}"
+    kinds = get_args(kind) or (kind,)
+    if (value == "null" and NoneType in kinds) or kind is Any:
+        return f"{key}={value}"
+    parsed = _parse(f"{key}={value}")
+    if str in kinds and kind != list[str]:
+        if parsed is not None and value[:1] in ("'", '"'):  # in Hydra's own quotes
+            return f"{key}={value}"
+        if value == "null":
+            raise SettingError(f"{key}=null: must be a text. For that very word write {key}=\"'null'\".")
+        text = _escaped(value)
+        return f"{key}='{text}'" if config_name else f"{key}='{_no_interpolation(text)}'"
+    if _is_list(kind):
+        return f"{key}={value if parsed is not None and value.startswith('[') else _list_of(key, value)}"
+    if parsed is None or parsed.is_sweep_override():
+        hint = " Several values in one command need -m." if schema is TrainConfig and "," in value else ""
+        raise SettingError(f"{key}={value}: must be {_in_words(kind)}.{hint}")
+    return f"{key}={value}"
+
+
+def _parse(argument: str) -> Override | None:
+    """As Hydra reads it, or None where it can't."""
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return None
+
+
+def _type_of(key: str, schema: type) -> Any:
+    """The annotation of a dotted key."""
+    kind: Any = schema
+    for part in key.split("."):
+        kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None
+        kind = next(filter(is_dataclass, get_args(kind)), kind)  # a group that may be left out
+    if kind is None:
+        raise SettingError(_unknown_setting(key, schema))
+    return kind
+
+
+def _is_list(kind: Any) -> bool:
+    return any(get_origin(choice) is list for choice in (kind, *get_args(kind)))
+
+
+def _list_of(key: str, value: str) -> str:
+    """A list of plain items: brackets may be missing, and signs like = stand that Hydra has for itself."""
+    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    if re.search(r"[\[\]{}'\"]", inner):
+        raise SettingError(f"""{key}={value}: can't be read as a list. Write it as '{key}=["a=1","b=2"]'.""")
+    return "[" + ",".join(f"'{_escaped(item.strip())}'" for item in inner.split(",")) + "]"
+
+
+def _in_words(kind: Any) -> str:
+    """What a value of a type looks like."""
+    kinds = get_args(kind) or (kind,)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    word = "a list, as [a,b]" if _is_list(kind) else next(words[k] for k in kinds if k in words)
+    return f"{word}, or null" if NoneType in kinds else word
+
+
+def _escaped(text: str) -> str:
+    """For single quotes around it: quotes get a backslash; backslashes before one or the end are doubled."""
+    return re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` as the command line reads it back, whatever is in a text or path."""
+    if value is None or isinstance(value, bool):
+        return f"{key}={'null' if value is None else str(value).lower()}"
+    if isinstance(value, str | Path) and not re.fullmatch(r"(?!null$)[A-Za-z0-9_./-]+", str(value)):
+        return f"{key}='{_no_interpolation(_escaped(str(value)))}'"
+    return f"{key}={value}"
+
+
+def _no_interpolation(text: str) -> str:
+    return text.replace("${", "\\${")
+
+
+def _explain(error: Exception, schema: type, given: dict[str, str]) -> str:
     """One or two lines out of Hydra's and OmegaConf's long messages."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    unknown = re.match(r"Could not override '([^']+)'", lines[0])
-    if unknown:
-        return _unknown_setting(unknown[1], schema)
-    if "Could not find" in lines[0]:
-        return " ".join([lines[0].split(": ", 1)[-1] + ".", *_options(lines)])
-    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
-    detail = str(cause).splitlines()[0] if str(cause) else lines[0]
-    hint = " Several values in one command need -m." if "," in detail else ""
-    return f"{key}: {detail}.{hint}" if key and key not in detail else detail
+    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None) or ""
+    key = re.sub(r"\[\d+\]$", "", key)
+    detail = (str(cause) or str(error)).strip().splitlines()[0]
+    if key in given and isinstance(cause, ValidationError):
+        return f"{key}={given[key]}: must be {_in_words(_type_of(key, schema))}."
+    return f"{key}: {detail}" if key and key not in detail else detail
 
 
 def _unknown_setting(key: str, schema: type) -> str:
@@ -295,15 +387,6 @@ def _unknown_setting(key: str, schema: type) -> str:
     ]
     hint = f" Did you mean {nearest[0]}?" if nearest else ""
     return f"{key}: unknown setting.{hint} --help lists all settings."
-
-
-def _options(lines: list[str]) -> list[str]:
-    """The choices that Hydra lists after an unknown group option, joined into one sentence."""
-    for index, line in enumerate(lines):
-        if line.startswith("Available options"):
-            choices = [choice for choice in lines[index + 1 :] if " " not in choice]
-            return [f"Allowed: {', '.join(choices)}."]
-    return []
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -398,12 +481,9 @@ def sweep_points(arguments: list[str]) -> list[list[str]]:
     """Expand `key=a,b` arguments, as `-m` takes them, into the overrides of each point, in order."""
     points: list[list[str]] = [[]]
     for argument in arguments:
-        try:
-            override = OverridesParser.create().parse_override(argument)
-        except HydraException:
-            override = None  # plain text: compose quotes it
-        if override is not None and override.is_sweep_override():
-            choices = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        parsed = _parse(argument)  # None for plain text, which compose quotes
+        if parsed is not None and parsed.is_sweep_override():
+            choices = [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]
         else:
             choices = [argument]
         points = [[*point, choice] for point in points for choice in choices]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from training.errors import USER_ERRORS, SettingError
 JOIN_SECONDS = 50.0  # a rank that comes later than this after another ends the start
 JOIN_POLL_SECONDS = 0.1
 EXIT_ALONE = 1
+T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -72,10 +73,6 @@ class World:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
         return int(largest.item())
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank; every rank gets the same answer."""
-        return bool(self.max(int(flag)))
-
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise fp64 sums over ranks."""
         if self.size == 1:
@@ -99,6 +96,18 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
+
+    def on_all(self, work: Callable[[], T]) -> T:
+        """This rank's result of `work`; an error of a user's on any rank is raised on all."""
+        problem = None
+        try:
+            value = work()
+        except USER_ERRORS as error:
+            problem = str(error)
+        problems = [text for text in self.gather(problem) if text is not None]
+        if problems:
+            raise SettingError(problems[0])
+        return value
 
     def on_first(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on the first rank, on every rank; an error of a user's is raised on all."""
@@ -124,7 +133,7 @@ def start(timeout_minutes: float, join_seconds: float = JOIN_SECONDS) -> World:
     check_launcher()
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -201,7 +210,8 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this host that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

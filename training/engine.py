@@ -206,11 +206,19 @@ class Engine:
         ]
         self.model.eval()
         with torch.no_grad():
-            self._loss(batch)
+            self._loss(self._fitting(batch))
         for hook in hooks:
             hook.remove()
         means = self.world.sum(torch.stack(found).tolist())
         return [math.sqrt(mean / self.world.size) for mean in means]
+
+    def _fitting(self, batch: Batch) -> Batch:
+        """What a forward pass has room for: with `sequence_chunk` the first of its tokens."""
+        chunk_tokens = self.config.engine.sequence_chunk
+        if not chunk_tokens or batch.tokens.numel() <= chunk_tokens:
+            return batch
+        first = cut(batch, chunk_tokens)[0]
+        return Batch(first.tokens, first.targets, first.cu_seqlens)
 
     def _layer_grad_norms(self) -> list[float]:
         """L2 norm of each layer's gradient over all ranks, between the last backward and the update."""

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -26,7 +26,7 @@ from data.files import explain_write_errors, read_json_object, write_atomically
 from training import distributed
 from training.config import load_saved_config
 from training.distributed import World
-from training.errors import USER_ERRORS, SettingError
+from training.errors import SettingError
 from training.evaluation import WINDOWS, EvalResult, evaluate, resolve_stride
 from training.evaluation_inputs import Candidate, Text, check_tokenizer, identify, open_text
 from training.report import EVALUATION_COLUMNS, draw_evaluations, evaluation_rows, read_evaluations
@@ -41,7 +41,6 @@ WINDOW_RULES = {
     "strided": "overlapping windows of seq_len inputs; after the first, each scores its last stride targets",
     "streaming": "the state is carried over the whole document; seq_len is the chunk and changes no number",
 }
-T = TypeVar("T")
 Evaluation = tuple[RunFolder, dict[str, Any]]  # where it belongs, and what its file holds
 
 
@@ -117,34 +116,21 @@ def _evaluate_all(config: EvalConfig, world: World) -> tuple[list[Evaluation], l
         check_tokenizer(config.tokenizer, candidate)
         return candidate, open_text(config.data, candidate, config.max_tokens, opened, log)
 
-    paths = _together(world, lambda: find_models(str(config.checkpoint), log) if world.is_first else [])
+    paths = world.on_first(lambda: find_models(str(config.checkpoint), log))
     opened: dict[str, Text] = {}
     evaluations: list[Evaluation] = []
     problems: list[str] = []
     on_terminal = world.is_first and sys.stderr.isatty()
     with tqdm(total=0, unit="token", unit_scale=True, dynamic_ncols=True, disable=not on_terminal) as bar:
-        for path in world.from_first(paths):
+        for path in paths:
             try:
-                candidate, text = _together(world, partial(read, path))
+                candidate, text = world.on_all(partial(read, path))
                 content = _evaluate_one(config, candidate, text, world, bar, problems)
             except SettingError as error:
                 problems.append(str(error))
             else:
                 evaluations += [(candidate.home, content)] if content["results"] else []
     return evaluations, problems
-
-
-def _together(world: World, work: Callable[[], T]) -> T:
-    """Work on every rank; a user's error on any of them is raised on all, so that none waits for ever."""
-    problem = None
-    try:
-        value = work()
-    except USER_ERRORS as error:
-        problem = str(error)
-    problems = [text for text in world.gather(problem) if text]
-    if problems:
-        raise SettingError(problems[0])
-    return value
 
 
 def _evaluate_one(
@@ -169,14 +155,14 @@ def _evaluate_one(
         result = next((entry for entry in known if settings.items() <= entry.items()), None)
         if result is None:
             try:
-                model = model or _together(world, lambda: _Guarded(candidate, world))
+                model = model or world.on_all(lambda: _Guarded(candidate, world))
                 bar.set_description(f"{candidate.name}, {config.window} {seq_len}")
                 result = settings | _score(model, text, settings, config.batch_tokens, world, bar)
             except SettingError as error:
                 problems.append(str(error))
                 continue
             known.append(result)
-            _together(world, partial(_write, file, evaluation | {"results": known}, world))
+            world.on_all(partial(_write, file, evaluation | {"results": known}, world))
         results.append(result)
     return evaluation
 

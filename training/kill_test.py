@@ -20,6 +20,7 @@ from typing import Any
 
 from data.files import read_json_object, write_json
 from training.checkpoint import list_checkpoints, step_of
+from training.config import override
 from training.errors import EXIT_PREEMPTED
 from training.metrics import last_step, read_metrics
 from training.run_folder import RunFolder
@@ -34,7 +35,6 @@ from training.sweep_runner import (
     launch_command,
     places,
     processes_of,
-    quoted,
     stop_processes,
 )
 
@@ -144,7 +144,8 @@ class KillTest:
         last = self.point.config.max_steps
         until = min(step_of(checkpoint) + num_steps, last)
         stage = self.point.config.engine.zero_stage
-        check = ["--module", "scripts.check_loading", quoted("checkpoint", checkpoint), f"zero_stage={stage}"]
+        settings = [override("checkpoint", checkpoint), f"zero_stage={stage}"]
+        check = ["--module", "scripts.check_loading", *settings]
         code = self._start(f"{name}_loading", check, num_gpus, devices).wait()
         words = self._last_words(f"{name}_loading")
         if code not in (0, 1):
@@ -166,7 +167,7 @@ class KillTest:
     def _train(self, changes: dict[str, str]) -> list[str]:
         """train.py with the point's settings and `changes` to them."""
         settings = dict(setting.split("=", 1) for setting in self.point.settings) | changes
-        run_dir = quoted("run_dir", self.folder.resolve() / "run")
+        run_dir = override("run_dir", self.folder.resolve() / "run")
         return [str(ROOT / "train.py"), *(f"{key}={value}" for key, value in settings.items()), run_dir]
 
     def _start(

@@ -106,7 +106,10 @@ class TransnormerLM(TemplateLM):
         prompt = self.tok_encode(context)[-self.seq_len :]
         decoder, text = self.text_tokenizer.decoder(), ""
         limit = settings.get("max_gen_toks", 256)
-        for token in generate(self.model, prompt, limit, sampling, self.torch_device, self.eot_token_id):
+        num_ids = self.text_tokenizer.vocab_size
+        for token in generate(
+            self.model, prompt, limit, sampling, self.torch_device, self.eot_token_id, num_ids=num_ids
+        ):
             text += decoder.push(token)
             if any(stop in text for stop in stops):
                 break

@@ -31,7 +31,7 @@ from training import distributed
 from training.checkpoint import NonFiniteError, remove_old, save_checkpoint
 from training.config import TrainConfig, save_config
 from training.distributed import World
-from training.engine import StepResult
+from training.engine import Fragment, StepResult
 from training.errors import EXIT_PREEMPTED
 from training.evaluation import documents_of, evaluate
 from training.interrupt import Interrupt, StopRequested
@@ -260,7 +260,7 @@ class Trainer:
 
     def _step(self, batches: list, num_targets: int) -> StepResult:
         state, config = self.state, self.config
-        torch.manual_seed((config.seed * 1_000_003 + state.step) * 65_537 + self.world.rank)
+        torch.manual_seed(((config.seed * 1_000_003 + state.step) * 65_537 + self.world.rank) % 2**63)
         start = time.perf_counter()
         lr = config.optim.lr * lr_factor(config.schedule, state.step)
         measure_layers = config.layer_stats_every > 0 and (state.step + 1) % config.layer_stats_every == 0
@@ -313,6 +313,7 @@ class Trainer:
             self._say("there is no checkpoint to go back to yet.")
             return False
         spiked = self.state
+        self.watchdog.progress(spiked.step, "going back", 60 * self.config.engine.timeout_minutes)
         checkpoint = find_checkpoint("must", self.folder, self.world, self._say)
         assert checkpoint is not None
         state = saved_state(checkpoint)
@@ -320,11 +321,14 @@ class Trainer:
         self.engine.load(checkpoint.read, state.num_updates)
         state.micro_batch_size = spiked.micro_batch_size
         state.passed_over_batches = spiked.passed_over_batches + left_out
-        self.state = state
+        self.state, self.saved_step = state, state.step
+        self.evaluated_step = min(self.evaluated_step, state.step)
+        self.sampled_step = min(self.sampled_step, state.step)
         self.num_rollbacks += 1
         with self._told_later():
-            if self.metrics:
-                self.metrics.drop_after(state.step)
+            for file in (self.metrics, self.samples):
+                if file is not None:
+                    file.drop_after(state.step)
         self._write(
             {"step": state.step, "rolled_back_from": spiked.step, "spike_loss": loss, "left_out": left_out}
         )
@@ -364,12 +368,16 @@ class Trainer:
         self.watchdog.progress(self.state.step, "evaluation")
         self.engine.model.eval()
         longest = max(len(document.ids) - 1 for document in self.valid_documents)
+        seq_len, chunk = self.config.seq_len, self.config.engine.sequence_chunk
+        # In chunks, as in training, where that is the same number: no document is longer than a sequence.
+        in_chunks = 0 < chunk < seq_len and longest <= seq_len
         result = evaluate(
             self.engine.deepspeed,
             self.valid_documents,
-            min(self.config.seq_len, longest),
+            min(chunk if in_chunks else seq_len, longest),
             self.world,
-            batch_tokens=self.config.seq_len * self.state.micro_batch_size,
+            window="streaming" if in_chunks else "disjoint",
+            batch_tokens=chunk if in_chunks else seq_len * self.state.micro_batch_size,
             progress=progress,
         )
         self.evaluated_step = self.state.step
@@ -425,7 +433,7 @@ class Trainer:
         path = save_checkpoint(
             self.folder.checkpoints,
             step=self.state.step,
-            fragments=self.engine.fragments_to_save(),
+            fragments=self._getting_on(self.engine.fragments_to_save()),
             world=self.world,
             write_files=self._write_checkpoint_files,
             state=self.state.as_dict(),
@@ -435,6 +443,12 @@ class Trainer:
         if self.world.is_first:
             remove_old(self.folder.checkpoints, self.config.keep_checkpoints, self.state.step)
         self._say(f"step {self.state.step}: saved {path}")
+
+    def _getting_on(self, fragments: Iterator[Fragment]) -> Iterator[Fragment]:
+        """Large checkpoints take longer to write than the watchdog waits: each fragment counts."""
+        for fragment in fragments:
+            self.watchdog.progress(self.state.step, "saving")
+            yield fragment
 
     def _write_checkpoint_files(self, folder: Path) -> None:
         save_config(self.config, folder / "config.yaml")

@@ -48,7 +48,7 @@ class ScheduleConfig:
     """Learning rate over steps: linear warm-up, then cosine, constant, or warm-up–stable–decay (wsd)."""
 
     name: str = "cosine"
-    warmup_steps: int = 1000  # capped at a tenth of max_steps
+    warmup_steps: int = 1000  # capped at a tenth of total_steps
     total_steps: int | None = None  # length of the shape; null takes max_steps of the first start
     min_lr_ratio: float = 0.1  # the last learning rate, as a share of the peak
     decay_fraction: float = 0.2  # wsd: share of the steps that decays

@@ -15,8 +15,17 @@ from typing import Any
 
 from data.errors import DataError
 from data.files import explain_write_errors, read_json_object, write_atomically
+from models.config import MOST_LAYERS
 from training import plots
-from training.config import CONFIG_DIR, TrainConfig, compose, flatten, load_saved_config, model_config_from
+from training.config import (
+    CONFIG_DIR,
+    TrainConfig,
+    compose,
+    flatten,
+    load_saved_config,
+    model_config_from,
+    override,
+)
 from training.errors import USER_ERRORS, SettingError
 from training.evaluation import WINDOWS
 from training.metrics import is_number, read_metrics
@@ -24,7 +33,6 @@ from training.run_folder import RunFolder
 
 SHOWN_SAMPLES = 3
 EVALUATION_LIMIT_BYTES = 16 * 2**20
-MOST_LAYERS = 1000
 RESULT_NUMBERS = ("seq_len", "tokens", "loss", "bits_per_byte")
 OPTIONAL_NUMBERS = ("perplexity", "word_perplexity", "loss_low", "loss_high")
 MAIN_SETTINGS = (
@@ -76,14 +84,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         SettingError: it isn't.
     """
     config = load_saved_config(path)
-    model = model_config_from(config, path)
+    model_config_from(config, path)
     kinds = {"data.source": str, "max_steps": int, "sample_prompt": str}
     flat = flatten(config)
     wrong = [key for key, kind in kinds.items() if key in flat and type(flat[key]) is not kind]
-    if wrong or model.num_layers > MOST_LAYERS:
-        raise SettingError(
-            f"{path}: {wrong[0] if wrong else 'model.num_layers'} is none that a run can have."
-        )
+    if wrong:
+        raise SettingError(f"{path}: {wrong[0]} is none that a run can have.")
     return config
 
 
@@ -392,20 +398,10 @@ def _resume_command(folder: RunFolder, config: dict[str, Any]) -> str:
         defaults = flatten(compose(TrainConfig, arguments, "train"))
     except USER_ERRORS:
         arguments, defaults = arguments[:1], {}
-    adopted = ("model.vocab_size", "schedule.total_steps", "init_from")  # a resumed run keeps its own
+    adopted = ("model.vocab_size", "schedule.total_steps", "init_from", "experiment")  # the run's own stay
     arguments += [
         override(key, value)
         for key, value in flat.items()
         if key in defaults and key not in adopted and value != defaults[key]
     ]
     return " ".join(["python train.py", *map(shlex.quote, arguments)])
-
-
-def override(key: str, value: Any) -> str:
-    """`key=value` as Hydra reads it back."""
-    if value is None or isinstance(value, bool):
-        return f"{key}={'null' if value is None else str(value).lower()}"
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9_./-]+", value):
-        quoted = value.replace("\\'", "\\\\'").replace("'", "\\'").replace("${", "\\${")
-        return f"{key}='{quoted}'"
-    return f"{key}={value}"

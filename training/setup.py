@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 
 from data.files import explain_write_errors
 from data.prepare import PreparedData, prepare
@@ -17,7 +17,6 @@ from training.checkpoint import (
     Checkpoint,
     CheckpointError,
     list_checkpoints,
-    newest_checkpoint,
     open_checkpoint,
 )
 from training.config import TrainConfig, check_resumable, load_saved_config, save_config
@@ -54,23 +53,19 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Ru
         SettingError, DataError: something the user can mend; nothing has been overwritten.
     """
     times = [time.perf_counter()]
-    _check_backend(config, world)
+    world.on_all(partial(_check_backend, config, world))
     if not world.is_first:  # the first rank's hashes are enough
         config = replace(config, data=replace(config.data, verify="quick"))
-    data = prepare(config.data, config.tokenizer, log=log)
+    data = world.on_all(partial(prepare, config.data, config.tokenizer, log=log))
     times.append(time.perf_counter())
     checkpoint = find_checkpoint(config.resume, folder, world, log)
-    config = _settle(config, data, checkpoint, log)
+    config = world.on_all(partial(_settle, config, data, checkpoint, log))
     state = _initial_state(config, checkpoint, world)
     if state.step >= config.max_steps and world.on_first(lambda: _is_evaluated(folder, data, state.step)):
         log(f"{folder.path}: finished at step {state.step}; raise max_steps to train on.")
         return None
     world.on_first(lambda: _check_space(config, folder, state))
-    model = TransNormer(config.model, config.seed)
-    if checkpoint is not None:
-        check_weights(model, checkpoint.shapes, checkpoint.folder)
-    elif config.init_from:
-        load_initial_weights(model, config.init_from, data.tokenizer)
+    model = world.on_all(partial(_make_model, config, data, checkpoint))
     times.append(time.perf_counter())
     engine = Engine(
         model,
@@ -97,22 +92,30 @@ def _check_backend(config: TrainConfig, world: World) -> None:
 
 
 def find_checkpoint(resume: str, folder: RunFolder, world: World, log: Log) -> Checkpoint | None:
-    """The run's newest valid checkpoint, verified once on the first rank and opened by the others.
+    """The run's newest checkpoint that is valid on all ranks, which verify its files together.
 
     Raises:
         CheckpointError: there are checkpoints, but none is valid.
     """
     if resume == "never":
         return None
-
-    def find() -> Path | None:
-        newest = newest_checkpoint(folder.checkpoints, log)
-        if newest is None and (resume == "must" or list_checkpoints(folder.checkpoints)):
-            raise CheckpointError(f"{folder.checkpoints} holds no valid checkpoint to resume from.")
-        return newest.folder if newest else None
-
-    found = world.on_first(find)
-    return open_checkpoint(found, verify=False) if found else None
+    problems: list[str] = []
+    for path in world.from_first(list_checkpoints(folder.checkpoints)):
+        try:
+            checkpoint = world.on_all(partial(open_checkpoint, path, share=(world.rank, world.size)))
+        except SettingError as error:
+            problems.append(str(error))
+        else:
+            for problem in problems:
+                log(f"passing over a damaged checkpoint: {problem}")
+            return checkpoint
+    if problems or resume == "must":
+        reason = f" ({problems[0]})" if problems else ""
+        raise CheckpointError(
+            f"{folder.checkpoints} holds no valid checkpoint to resume from{reason}. "
+            "Restore one, choose another run_dir, or start anew with resume=never overwrite=true."
+        )
+    return None
 
 
 def _settle(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | None, log: Log) -> TrainConfig:
@@ -158,10 +161,21 @@ def _check_data(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint,
         log(f"the {key} has changed since this run was started; going on, as allow_changed_data=true says")
 
 
+def _make_model(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | None) -> TransNormer:
+    """The model with its first weights; those of a checkpoint that fits are loaded by the engine."""
+    model = TransNormer(config.model, config.seed)
+    if checkpoint is not None:
+        check_weights(model, checkpoint.shapes, checkpoint.folder)
+    elif config.init_from:
+        load_initial_weights(model, config.init_from, data.tokenizer)
+    return model
+
+
 def _initial_state(config: TrainConfig, checkpoint: Checkpoint | None, world: World) -> RunState:
     saved = saved_state(checkpoint) if checkpoint is not None else None
     wish = saved.micro_batch_size if saved else None
-    micro_batch_size = resolve_micro_batch(config, world.size, world.device, wish)
+    resolve = partial(resolve_micro_batch, config, world.size, world.device, wish)
+    micro_batch_size = min(world.gather(world.on_all(resolve)))  # GPUs may differ
     if saved is None:
         return RunState(micro_batch_size, world.from_first(uuid.uuid4().hex[:12]))
     return replace(saved, micro_batch_size=micro_batch_size)

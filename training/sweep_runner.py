@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,8 @@ from typing import IO
 
 import torch
 
+from training.config import override
+from training.distributed import free_port
 from training.errors import EXIT_PREEMPTED, SettingError
 from training.metrics import last_step
 from training.run_folder import RunFolder
@@ -112,14 +113,8 @@ def point_command(
     point: Point, folder: Path, launcher: str, num_ranks: int, devices: Sequence[Device]
 ) -> tuple[list[str], dict[str, str]]:
     """The command line of a point, and the environment variables that it needs beside the usual ones."""
-    train = [str(ROOT / "train.py"), *point.settings, quoted("run_dir", folder)]
+    train = [str(ROOT / "train.py"), *point.settings, override("run_dir", folder)]
     return launch_command(train, launcher, num_ranks, devices)
-
-
-def quoted(key: str, path: Path) -> str:
-    """`key=path` as a setting, whatever is in the path."""
-    text = str(path).replace("'", "\\'")
-    return f"{key}='{text}'"
 
 
 def launch_command(
@@ -137,16 +132,10 @@ def launch_command(
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_ranks))
     if launcher == "python":
         return [sys.executable, *program], environment
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port())]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
     if not on_gpu:  # on GPUs the launcher takes their number from CUDA_VISIBLE_DEVICES
         command += ["--num_accelerators", str(num_ranks)]
     return [*command, *program], environment
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass(slots=True)
