@@ -126,12 +126,12 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # not of the system's
+            raise
         if error.errno in NO_SPACE:
             advice = "free some space or choose another folder, then run the same command again"
             raise DataError(f"{folder}: no space left to write ({error.strerror}); {advice}") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EPERM):
-            raise DataError(f"{folder} can't be written ({error.strerror}): choose another folder") from error
-        raise
+        raise DataError(f"{folder} can't be written ({error.strerror}): choose another folder") from error
 
 
 @contextlib.contextmanager

@@ -95,6 +95,12 @@ def list_text_files(path: str, key: str) -> list[Path]:
         return [Path(path)]  # a file named by itself is plain text unless its name says otherwise
     if os.path.isdir(path):
         found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+        for file in found:
+            if file.is_symlink() and not file.resolve().is_relative_to(Path(path).resolve()):
+                raise DataError(
+                    f"{key}={path}: {file} is a link out of the folder, which is not followed; "
+                    "replace it by what it leads to, or name its files by a glob"
+                )
     else:
         found = [Path(name) for name in glob.glob(path, recursive=True)]
         if not found:

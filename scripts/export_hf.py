@@ -9,7 +9,6 @@ model card. Before it gets its name it is loaded again and its logits are compar
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from models.standalone import FILE_NAME
 from models.transnormer import TransNormer
 from training.config import run_command
 from training.errors import SettingError
+from training.metrics import is_number, read_metrics
 from training.model_folder import DTYPES, new_folder, write_model_folder
 from training.weights import TrainedModel, find_models, load_model
 
@@ -173,17 +173,15 @@ def _figures(trained: TrainedModel) -> dict[str, str]:
     if trained.step is None or trained.run_dir is None:
         return figures
     figures |= {"optimizer steps": f"{trained.step:,}", "training tokens": f"{trained.tokens:,}"}
-    path = trained.run_dir / "metrics.jsonl"
     shown = {
         "loss": "training loss (nats per token)",
         "valid_loss": "validation loss (nats per token)",
         "valid_perplexity": "validation perplexity",
         "valid_bits_per_byte": "validation bits per byte",
     }
-    for text in path.read_text().splitlines() if path.exists() else []:
-        line = json.loads(text)
+    for line in read_metrics(trained.run_dir / "metrics.jsonl"):
         if line["step"] <= trained.step:
-            figures |= {title: f"{line[key]:.4f}" for key, title in shown.items() if key in line}
+            figures |= {t: f"{line[key]:.4f}" for key, t in shown.items() if is_number(line.get(key))}
     return figures
 
 

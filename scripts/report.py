@@ -30,6 +30,10 @@ def main(config: ReportConfig) -> None:
     if config.run_dir is None:
         raise SettingError("run_dir is not set: give the folder of a run, as run_dir=outputs/demo.")
     folder = RunFolder(config.run_dir)
+    if not folder.holds_run():
+        raise SettingError(
+            f"run_dir={config.run_dir} holds no run: there is no config.yaml or metrics.jsonl."
+        )
     write_report(folder)
     print(folder.report)
 

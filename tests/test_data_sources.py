@@ -133,6 +133,18 @@ def test_bad_paths_are_named(tmp_path, make, message):
         read_texts(make(tmp_path))
 
 
+def test_links_out_of_a_folder_are_refused(tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "texts" / "b.txt").symlink_to(tmp_path / "texts" / "a.txt")
+    assert read_texts(tmp_path / "texts") == ["a", "a"]
+    (tmp_path / "texts" / "c.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(DataError, match=r"c\.txt is a link out of the folder"):
+        read_texts(tmp_path / "texts")
+    assert read_texts(tmp_path / "texts" / "c.txt") == ["secret"]  # what the user names is the user's choice
+
+
 def test_a_file_named_by_itself_is_text_whatever_its_name(tmp_path):
     (tmp_path / "notes.md").write_text("# text")
     assert read_texts(tmp_path / "notes.md") == ["# text"]

@@ -202,6 +202,15 @@ def test_a_run_s_history_in_one_table_plot_and_file(folder, capsys):
     assert (run / "plots/perplexity_over_tokens.png").exists()
 
 
+def test_a_glob_leaves_out_what_is_no_model(folder, capsys):
+    (folder / "runs/b").mkdir(parents=True)
+    make_run(folder / "runs/a")
+    assert score(f"checkpoint={folder}/runs/*", "seq_lens=[32]") == 0
+    assert "runs/b: neither a run folder" in capsys.readouterr().err
+    with pytest.raises(SettingError, match="runs/b: neither a run folder"):
+        score(f"checkpoint={folder}/runs/b*", "seq_lens=[32]")
+
+
 def test_points_that_fail_leave_the_others(folder, capsys, monkeypatch):
     """A length without memory, one that is too long, a damaged checkpoint: the rest is scored and kept."""
     run = make_run(folder / "run", steps=(3, 4))

@@ -168,6 +168,14 @@ def test_the_model_card_has_the_figures_of_the_step(tmp_path):
     assert "1.0000" not in card  # a step after the checkpoint
 
 
+def test_a_model_card_leaves_out_what_is_no_number(tmp_path):
+    run = make_run(tmp_path / "run", make_config())
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "loss": null, "valid_loss": null}\n{"step": 7, "lo')
+    card = (export(run, tmp_path / "hf") / "README.md").read_text()
+    assert "2.5000" in card
+
+
 def test_stored_dtypes(tmp_path):
     run = make_run(tmp_path / "run", make_config())
     folder = export(run, tmp_path / "hf", dtype="bfloat16")

@@ -24,6 +24,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "deepspeed": {"training/engine.py", "training/checkpoint.py"},
     "hydra": {"training/config.py"},
+    "transformers": {"models/huggingface.py", "scripts/export_hf.py"},
     "omegaconf": {"training/config.py"},
     "wandb": {"training/metrics.py"},
 }

@@ -175,6 +175,38 @@ def test_a_damaged_checkpoint_is_passed_over(text, reference, tmp_path):
     assert sorted(lines(run_dir)) == list(range(1, STEPS + 1))
 
 
+def test_with_every_checkpoint_damaged_two_lines_say_what_to_do(text, tmp_path):
+    run_dir = tmp_path / "run"
+    more = ["save_every=1", "max_steps=2"]
+    assert run(["train.py", *settings(text, run_dir, *more)]).returncode == 0
+    for folder in list_checkpoints(run_dir / "checkpoints"):
+        (folder / "manifest.sha256").unlink()
+    result = run(["train.py", *settings(text, run_dir, *more)])
+    assert result.returncode == 2
+    assert "step_00000002 is no complete checkpoint" in result.stderr
+    assert "resume=never overwrite=true" in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 2
+
+
+def test_runs_and_sweeps_have_folders_of_their_own(text, tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    (tmp_path / "empty").mkdir()
+    sweep = ["-m", "scripts.sweep", "sweep=seq_len_demo", f"run_dir={tmp_path / 'run'}"]
+    for command, reason in [
+        (["train.py", *settings(text, tmp_path / "sweep")], "holds a sweep"),
+        (sweep, "holds a run"),
+        (["-m", "scripts.report", f"run_dir={tmp_path / 'empty'}"], "holds no run"),
+        (["train.py", *settings(text, Path("/proc/run"))], "/proc/run can't be written"),
+    ]:
+        result = run(command)
+        assert result.returncode == 2, (command, result.stderr)
+        assert reason in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
 def test_resume_refuses_other_settings_by_name(text, reference):
     result = run(["train.py", *settings(text, reference, "max_steps=99", "optim.lr=0.5", "seq_len=16")])
     assert result.returncode == 2

@@ -68,8 +68,10 @@ class RunFolder:
         """Create the folder, or with `overwrite` empty it; refuse what `resume` forbids, moving nothing.
 
         Raises:
-            SettingError: resume=never on a run, or resume=must without one.
+            SettingError: resume=never on a run, or resume=must without one; or the folder is a sweep's.
         """
+        if (self.path / "sweep.json").exists():
+            raise SettingError(f"run_dir={self.path} holds a sweep: choose another folder for the run.")
         if resume == "must" and not self.has_checkpoint():
             raise SettingError(
                 f"resume=must, but {self.path} holds no checkpoint. Use resume=auto to start one."

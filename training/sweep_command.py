@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from training.errors import EXIT_PREEMPTED
+from training.errors import EXIT_PREEMPTED, SettingError
 from training.metrics import duration, read_metrics
 from training.run_folder import RunFolder
 from training.sweep import FINISHED, STATUSES, Manifest, Point, SweepDefinition
@@ -43,6 +43,8 @@ def run_sweep(
     lock = RunFolder(folder)
     lock.lock()
     try:
+        if lock.holds_run():
+            raise SettingError(f"run_dir={folder} holds a run: choose another folder for the sweep.")
         manifest = Manifest(folder, sweep, points)
         manifest.save()
         missing = manifest.missing(points, list(retry))

@@ -15,7 +15,6 @@ from models.transnormer import TransNormer
 from training.checkpoint import (
     MANIFEST,
     CheckpointError,
-    list_checkpoints,
     newest_checkpoint,
     open_checkpoint,
 )
@@ -47,34 +46,51 @@ class TrainedModel:
     hash: str
 
 
-def find_models(spec: str, log: Callable[[str], None] = print) -> list[Path]:
+def find_models(spec: str, log: Callable[[str], None] = print, key: str = "checkpoint") -> list[Path]:
     """Folders that `checkpoint=` names: a run's newest valid checkpoint, a checkpoint, an export, or a glob.
 
+    Args:
+        key: the setting that `spec` is the value of.
+
     Raises:
-        CheckpointError: nothing there that can be loaded.
+        CheckpointError: nothing there that can be loaded; of a glob's matches the others are left out.
     """
-    if any(mark in spec for mark in "*?["):
-        paths = sorted(Path(path) for path in glob.glob(spec))
-        if not paths:
-            raise CheckpointError(f"checkpoint={spec}: no file or folder matches.")
-        return [found for path in paths if path.is_dir() for found in find_models(str(path), log)]
     path = Path(spec)
+    if any(mark in spec for mark in "*?[") and not path.exists():
+        return _find_matches(spec, log, key)
     if not path.is_dir():
-        raise CheckpointError(
-            f"checkpoint={spec}: no such folder. Give a run folder, a checkpoint or an export."
-        )
+        raise CheckpointError(f"{key}={spec}: no such folder. Give a run folder, a checkpoint or an export.")
     run = RunFolder(path)
     if run.checkpoints.is_dir():
-        newest = newest_checkpoint(run.checkpoints, log)
+        passed_over: list[str] = []
+        newest = newest_checkpoint(run.checkpoints, passed_over.append)
         if newest is None:
-            found = len(list_checkpoints(run.checkpoints))
+            reason = f" ({passed_over[0]})" if passed_over else ""
             raise CheckpointError(
-                f"checkpoint={spec}: none of its {found} checkpoints is complete and undamaged."
+                f"{key}={spec}: none of its {len(passed_over)} checkpoints is complete and undamaged{reason}."
             )
+        for line in passed_over:
+            log(line)
         return [newest.folder]
     if (path / MANIFEST).exists() or (path / "state.json").exists() or is_model_folder(path):
         return [path]
-    raise CheckpointError(f"checkpoint={spec}: neither a run folder nor a checkpoint nor an export.")
+    raise CheckpointError(f"{key}={spec}: neither a run folder nor a checkpoint nor an export.")
+
+
+def _find_matches(spec: str, log: Callable[[str], None], key: str) -> list[Path]:
+    """The models among what a glob matches."""
+    found: list[Path] = []
+    problems: list[str] = []
+    for path in sorted(glob.glob(spec)):
+        try:
+            found += find_models(path, log, key) if Path(path).is_dir() else []
+        except CheckpointError as error:
+            problems.append(str(error))
+    if not found:
+        raise CheckpointError(problems[0] if problems else f"{key}={spec}: no file or folder matches.")
+    for problem in problems:
+        log(f"left out: {problem}")
+    return found
 
 
 def load_model(path: Path, device: torch.device | str = "cpu", precision: str | None = None) -> TrainedModel:
@@ -183,7 +199,7 @@ def load_initial_weights(model: TransNormer, spec: str, tokenizer: Tokenizer) ->
     Raises:
         CheckpointError: another architecture, or another tokenizer.
     """
-    source = find_models(spec)[-1]
+    source = find_models(spec, key="init_from")[-1]
     trained = load_model(source, precision="fp32")
     if trained.tokenizer.fingerprint != tokenizer.fingerprint:
         where = source if is_model_folder(source) else source / "tokenizer"
