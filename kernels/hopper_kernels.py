@@ -9,6 +9,8 @@ Rows past a sequence's end are cut off by the copy engine, in packed documents t
 shapes and the scheme of a walk are those of kernels/triton_kernels.py; derivation in docs/kernels.md.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from triton import cdiv
@@ -472,15 +474,19 @@ def describe_rows(x: Tensor, columns: int = HEAD_DIM) -> TensorDescriptor:
     2^30 - n + r): the right address, and out of bounds from r = n on. Loads give zero there, stores nothing.
     """
     stride = x.stride(1)
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    block = [1, 1, CHUNK, columns]
     return TensorDescriptor(
         x,
         shape=[2**31 - 2**16, 2**31 - 2**16, MOST_ROWS.value, x.shape[2] * x.shape[3]],
         strides=[2**34 - stride, stride, stride, 1],
-        block_shape=block,
-        layout=gl.NVMMASharedLayout.get_default_for(block, dtype),
+        block_shape=[1, 1, CHUNK, columns],
+        layout=_tile_layout(columns, x.dtype),
     )
+
+
+@functools.cache  # two thirds of the time that making a descriptor takes
+def _tile_layout(columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    gl_dtype = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([1, 1, CHUNK, columns], gl_dtype)
 
 
 def _sizes(q: Tensor, segment_states: Tensor) -> tuple[tuple[int], tuple[int, int, int, int]]:

@@ -4,7 +4,7 @@
     python -m scripts.benchmark_kernels quick=true           fewer lengths and rounds, about three minutes
     python -m scripts.benchmark_kernels only=correctness     errors against float64 and nothing else
     python -m scripts.benchmark_kernels only=extras          packed documents, other head dims, decoding
-    python -m scripts.benchmark_kernels only=passes          each of our kernels by itself
+    python -m scripts.benchmark_kernels only=passes          each of our kernels by itself, and their launch
 
 Correctness comes first, and a provider whose output is wrong is not timed. Inputs are random. Providers take
 turns under sustained load, and figures are medians over rounds. The floor is the time that reading the inputs
@@ -381,23 +381,24 @@ def time_extras(config, ours: Provider, device, clock, bandwidth) -> list[Row]:
     for name, shape in cases.items():
         rows += time_case(config, [ours], name, shape, dtype, device, clock, bandwidth)
         print_rows(rows[-1:])
-    documents = [
-        _packed(name, torch.tensor(bounds, device=device, dtype=torch.int32))
-        for name, bounds in packed_cases(131072, config.seed).items()
-    ]  # in turns, since their ratio is what is asked
-    shape = (1, 131072, 16, 128, 128)
-    rows += time_case(config, documents, "packed", shape, dtype, device, clock, bandwidth)
+    documents = packed_providers(device, config.seed)  # in turns, since their ratio is what is asked
+    rows += time_case(config, documents, "packed", (1, 131072, 16, 128, 128), dtype, device, clock, bandwidth)
     print_rows(rows[-len(documents) :])
     rows += time_decoding(config, dtype, device, clock, bandwidth)
     print_rows(rows[-2:])
     return rows
 
 
-def _packed(name: str, cu_seqlens: Tensor) -> Provider:
-    """Ours over packed documents."""
-    return Provider(
-        f"ours, {name}", lambda q, k, v, s: lightning_attention(q, k, v, s, cu_seqlens=cu_seqlens)[0]
-    )
+def packed_providers(device: str, seed: int) -> list[Provider]:
+    """Ours over 131,072 tokens of packed documents, for each way to cut them."""
+
+    def provider(name: str, bounds: list[int]) -> Provider:
+        cu_seqlens = torch.tensor(bounds, device=device, dtype=torch.int32)
+        return Provider(
+            f"ours, {name}", lambda q, k, v, s: lightning_attention(q, k, v, s, cu_seqlens=cu_seqlens)[0]
+        )
+
+    return [provider(name, bounds) for name, bounds in packed_cases(131072, seed).items()]
 
 
 def packed_cases(num_tokens: int, seed: int) -> dict[str, list[int]]:
@@ -413,31 +414,63 @@ def packed_cases(num_tokens: int, seed: int) -> dict[str, list[int]]:
 
 
 def print_passes(config, device, ours: Provider) -> None:
-    """Median milliseconds of each kernel of a forward and backward, in the order of their first launch."""
+    """Median milliseconds of each kernel of a forward and backward, in the order of their first launch.
+
+    Beside them: their sum, what a call takes, and what the CPU takes to issue one while the GPU is held.
+    Where the last is the largest, launching limits the speed.
+    """
     tokens, dtype = config.tokens or 131072, DTYPES[config.dtype or "bf16"]
-    for length in config.lengths or [1024, 8192, 131072]:
-        shape = (max(1, tokens // length), length, config.heads, config.k_dim, config.v_dim)
+    clock = Clock(device)
+    cases = {
+        f"N = {length:,}": (
+            (max(1, tokens // length), length, config.heads, config.k_dim, config.v_dim),
+            ours,
+        )
+        for length in config.lengths or [1024, 8192, 131072]
+    }
+    cases |= {"D = 64": ((16, 8192, 16, 64, 64), ours), "H = 8, B = 1": ((1, 131072, 8, 128, 128), ours)}
+    cases |= {p.name: ((1, 131072, 16, 128, 128), p) for p in packed_providers(device, config.seed)}
+    for name, (shape, provider) in cases.items():
         tensors = make_tensors(shape, dtype, device, config.seed)
-        run = partial(_run, ours, make_slopes(config.heads, device))
+        run = partial(_run, provider, make_slopes(shape[2], device))
         call = partial(forward_and_gradients, run, *tensors)
-        for _ in range(200):  # to the clocks of sustained load
+        (ms,) = time_interleaved({name: call}, clock, config.rounds).values()
+        issue_ms = _issue_ms(call)
+        times, names = _kernels_of(call)
+        shown = ", ".join(f"{kernel} {time:.3f}" for kernel, time in zip(names, times, strict=True))
+        print(
+            f"{name}: {ms:.3f} a call, {issue_ms:.3f} to issue, {sum(times):.3f} in kernels: {shown}",
+            flush=True,
+        )
+
+
+def _issue_ms(call: Callable[[], object], repeats: int = 8) -> float:
+    """What the CPU takes for one call, while the GPU is held and runs none of it."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(1e8))
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    ms = (time.perf_counter() - start) * 1e3 / repeats
+    torch.cuda.synchronize()
+    return ms
+
+
+def _kernels_of(call: Callable[[], object], repeats: int = 50) -> tuple[list[float], list[str]]:
+    """Median milliseconds and names of a call's kernels, by their place: one of them may come twice."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
             call()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(50):
-                call()
-            torch.cuda.synchronize()
-        # The walk comes twice, for o and for dq, so kernels are told apart by their place in a call.
-        events = sorted(profile.events() or [], key=lambda event: event.time_range.start)
-        kernels = [e for e in events if str(e.device_type).endswith("CUDA") and e.device_time > 5]
-        per_call, left_over = divmod(len(kernels), 50)
-        if left_over:
-            raise RuntimeError(
-                f"{len(kernels)} kernels in 50 calls: they can't be told apart by their place."
-            )
-        times = [statistics.median(e.device_time for e in kernels[i::per_call]) for i in range(per_call)]
-        names = [event.name.split("<")[0][:40] for event in kernels[:per_call]]
-        shown = ", ".join(f"{name} {time / 1e3:.3f}" for name, time in zip(names, times, strict=True))
-        print(f"N = {length:,}: {shown}", flush=True)
+        torch.cuda.synchronize()
+    events = sorted(profile.events() or [], key=lambda event: event.time_range.start)
+    kernels = [e for e in events if str(e.device_type).endswith("CUDA") and e.device_time > 1]
+    per_call, left_over = divmod(len(kernels), repeats)
+    if left_over:
+        raise RuntimeError(
+            f"{len(kernels)} kernels in {repeats} calls: they can't be told apart by their place."
+        )
+    times = [statistics.median(e.device_time for e in kernels[i::per_call]) / 1e3 for i in range(per_call)]
+    return times, [event.name.split("<")[0][:40] for event in kernels[:per_call]]
 
 
 def time_decoding(config, dtype, device, clock, bandwidth) -> list[Row]:
