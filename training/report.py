@@ -36,6 +36,7 @@ EVALUATION_LIMIT_BYTES = 16 * 2**20
 RESULT_NUMBERS = ("seq_len", "tokens", "loss", "bits_per_byte")
 OPTIONAL_NUMBERS = ("perplexity", "word_perplexity", "loss_low", "loss_high")
 MAIN_SETTINGS = (
+    "experiment",
     "seed",
     "seq_len",
     "batch_tokens",
