@@ -102,6 +102,7 @@ def _reference(q, k, v, slopes, initial_state, cu_seqlens) -> tuple[Tensor, Tens
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, num_dims: int) -> None:
     dims = "(B, N, H, D)" if num_dims == 4 else "(B, H, D)"
     for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x)
         if x.dim() != num_dims or 0 in x.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; allowed: {dims}, no size 0.")
         if x.shape[-1] % 8 or x.shape[-1] > MAX_HEAD_DIM:
@@ -124,7 +125,13 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, num_dims: int
     _check_slopes(slopes, q)
 
 
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is a {type(x).__name__}; allowed: a tensor.")
+
+
 def _check_slopes(slopes: Tensor, q: Tensor) -> None:
+    _check_tensor("slopes", slopes)
     num_heads = q.shape[-2]
     if slopes.shape != (num_heads,) or slopes.dtype != torch.float32 or slopes.device != q.device:
         raise ValueError(
@@ -143,6 +150,7 @@ def _check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None) -> int:
     """The number of sequences."""
     if cu_seqlens is None:
         return q.shape[0]
+    _check_tensor("cu_seqlens", cu_seqlens)
     if q.shape[0] != 1:
         raise ValueError(f"cu_seqlens needs B = 1; q has B = {q.shape[0]}. Pack all sequences along N.")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
@@ -165,6 +173,7 @@ def _check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None) -> int:
 def _check_state(name: str, state: Tensor | None, q: Tensor, v: Tensor, num_sequences: int) -> None:
     if state is None:
         return
+    _check_tensor(name, state)
     shape, dtype = (num_sequences, q.shape[-2], q.shape[-1], v.shape[-1]), compute_dtype(q.dtype)
     if state.shape != shape or state.dtype != dtype or state.device != q.device:
         raise ValueError(

@@ -27,6 +27,10 @@ def make(B=2, N=20, H=2, Dk=16, Dv=24):
 
 # what is wrong, and the words that the message must hold
 BAD_INPUTS = {
+    "no tensor": ({"v": None}, ["v is a NoneType", "a tensor"]),
+    "slopes in a list": ({"slopes": [0.1, 0.2]}, ["slopes is a list", "a tensor"]),
+    "state in a list": ({"initial_state": [0.0]}, ["initial_state is a list", "a tensor"]),
+    "bounds in a list": ({"cu_seqlens": [0, 20]}, ["cu_seqlens is a list", "a tensor"]),
     "q of three dims": ({"q": torch.zeros(2, 20, 16)}, ["q has shape (2, 20, 16)", "(B, N, H, D)"]),
     "no tokens": ({"q": torch.zeros(2, 0, 2, 16)}, ["q has shape (2, 0, 2, 16)", "no size 0"]),
     "head dim of 12": ({"q": torch.zeros(2, 20, 2, 12)}, ["q has head dim 12", "multiples of 8 up to 256"]),
