@@ -597,15 +597,16 @@ def main(config: BenchmarkConfig) -> int:
     providers = [p for p in providers if p.name not in wrong]
     clock = Clock(device)
     bandwidth = copy_bandwidth(clock, device)
-    rows = []
+    rows: list[Row] = []
     if config.only in ("all", "lengths"):
         rows += time_lengths(config, providers, device, clock, bandwidth)
+        write_results(config, name, bandwidth, checks, rows)  # already now: the rest takes minutes
     ours = next((p for p in providers if p.name == "ours"), None)
     if config.only in ("all", "extras") and device == "cuda" and ours:
         rows += time_extras(config, ours, device, clock, bandwidth)
+    write_results(config, name, bandwidth, checks, rows)
     if config.only in ("all", "passes") and device == "cuda" and ours:
         print_passes(config, device, ours)
-    write_results(config, name, bandwidth, checks, rows)
     print(f"\n{name}, copy {bandwidth / 1e9:.2f} TB/s; not timed because wrong or failing: {sorted(wrong)}")
     print(f"results in {config.output}\n\n{markdown(rows)}" if rows else f"results in {config.output}")
     return 1 if "ours" in wrong else 0
