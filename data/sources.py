@@ -95,12 +95,6 @@ def list_text_files(path: str, key: str) -> list[Path]:
         return [Path(path)]  # a file named by itself is plain text unless its name says otherwise
     if os.path.isdir(path):
         found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
-        for file in found:
-            if file.is_symlink() and not file.resolve().is_relative_to(Path(path).resolve()):
-                raise DataError(
-                    f"{key}={path}: {file} is a link out of the folder, which is not followed; "
-                    "replace it by what it leads to, or name its files by a glob"
-                )
     else:
         found = [Path(name) for name in glob.glob(path, recursive=True)]
         if not found:
@@ -108,6 +102,12 @@ def list_text_files(path: str, key: str) -> list[Path]:
     files = sorted(file for file in found if file.name.endswith(SUFFIXES) and file.is_file())
     if not files:
         raise DataError(f"{key}={path}: no file in it ends in one of {kinds}")
+    for file in files if os.path.isdir(path) else []:
+        if file.is_symlink() and not file.resolve().is_relative_to(Path(path).resolve()):
+            raise DataError(
+                f"{key}={path}: {file} is a link out of the folder, which is not followed; "
+                "replace it by what it leads to, or name its files by a glob"
+            )
     return files
 
 

@@ -39,6 +39,14 @@ WRONG = {
     "fp16": 2e-3,
     "fp32": 1e-3,
 }  # relative error that no rounding of a right result explains
+EXTRA_SHAPES: dict[str, Shape] = {
+    "D = 64": (16, 8192, 16, 64, 64),
+    "D = 256": (16, 8192, 8, 256, 256),
+    "Dk = 2 Dv": (16, 8192, 16, 256, 128),
+    "H = 8, B = 1": (1, 131072, 8, 128, 128),
+    "1M tokens": (1, 2**20, 16, 128, 128),
+}
+PACKED_SHAPE: Shape = (1, 131072, 16, 128, 128)
 ROUND_MS = 30  # one provider's turn: long enough to reach the clocks of sustained load
 
 
@@ -370,19 +378,12 @@ def _lengths(quick: bool, cuda: bool) -> list[int]:
 def time_extras(config, ours: Provider, device, clock, bandwidth) -> list[Row]:
     """Other head dims and heads, a million tokens, packed documents, and decoding; ours alone."""
     dtype = config.dtype or "bf16"
-    cases = {
-        "D = 64": (16, 8192, 16, 64, 64),
-        "D = 256": (16, 8192, 8, 256, 256),
-        "Dk = 2 Dv": (16, 8192, 16, 256, 128),
-        "H = 8, B = 1": (1, 131072, 8, 128, 128),
-        "1M tokens": (1, 2**20, 16, 128, 128),
-    }
     rows = []
-    for name, shape in cases.items():
+    for name, shape in EXTRA_SHAPES.items():
         rows += time_case(config, [ours], name, shape, dtype, device, clock, bandwidth)
         print_rows(rows[-1:])
     documents = packed_providers(device, config.seed)  # in turns, since their ratio is what is asked
-    rows += time_case(config, documents, "packed", (1, 131072, 16, 128, 128), dtype, device, clock, bandwidth)
+    rows += time_case(config, documents, "packed", PACKED_SHAPE, dtype, device, clock, bandwidth)
     print_rows(rows[-len(documents) :])
     rows += time_decoding(config, dtype, device, clock, bandwidth)
     print_rows(rows[-2:])
@@ -390,7 +391,7 @@ def time_extras(config, ours: Provider, device, clock, bandwidth) -> list[Row]:
 
 
 def packed_providers(device: str, seed: int) -> list[Provider]:
-    """Ours over 131,072 tokens of packed documents, for each way to cut them."""
+    """Ours over packed documents of PACKED_SHAPE, for each way to cut them."""
 
     def provider(name: str, bounds: list[int]) -> Provider:
         cu_seqlens = torch.tensor(bounds, device=device, dtype=torch.int32)
@@ -398,7 +399,7 @@ def packed_providers(device: str, seed: int) -> list[Provider]:
             f"ours, {name}", lambda q, k, v, s: lightning_attention(q, k, v, s, cu_seqlens=cu_seqlens)[0]
         )
 
-    return [provider(name, bounds) for name, bounds in packed_cases(131072, seed).items()]
+    return [provider(name, bounds) for name, bounds in packed_cases(PACKED_SHAPE[1], seed).items()]
 
 
 def packed_cases(num_tokens: int, seed: int) -> dict[str, list[int]]:
@@ -428,8 +429,8 @@ def print_passes(config, device, ours: Provider) -> None:
         )
         for length in config.lengths or [1024, 8192, 131072]
     }
-    cases |= {"D = 64": ((16, 8192, 16, 64, 64), ours), "H = 8, B = 1": ((1, 131072, 8, 128, 128), ours)}
-    cases |= {p.name: ((1, 131072, 16, 128, 128), p) for p in packed_providers(device, config.seed)}
+    cases |= {name: (EXTRA_SHAPES[name], ours) for name in ("D = 64", "H = 8, B = 1")}
+    cases |= {provider.name: (PACKED_SHAPE, provider) for provider in packed_providers(device, config.seed)}
     for name, (shape, provider) in cases.items():
         tensors = make_tensors(shape, dtype, device, config.seed)
         run = partial(_run, provider, make_slopes(shape[2], device))
@@ -600,6 +601,7 @@ def main(config: BenchmarkConfig) -> int:
     rows: list[Row] = []
     if config.only in ("all", "lengths"):
         rows += time_lengths(config, providers, device, clock, bandwidth)
+    if config.only == "all":
         write_results(config, name, bandwidth, checks, rows)  # already now: the rest takes minutes
     ours = next((p for p in providers if p.name == "ours"), None)
     if config.only in ("all", "extras") and device == "cuda" and ours:

@@ -450,7 +450,7 @@ HEADERS = [header for header in HEADERS if "python -m scripts.sweep" in header]
 
 
 @pytest.mark.parametrize("header", HEADERS)
-def test_the_command_in_a_sweeps_header_runs(header, tmp_path):
+def test_the_command_in_a_sweeps_header_composes(header, tmp_path):
     command = next(line for line in header.splitlines() if "python -m scripts.sweep" in line)
     arguments = shlex.split(command.removeprefix("#"))[3:]
     (tmp_path / "TRAIN").write_text("text")

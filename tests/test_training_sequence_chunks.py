@@ -96,11 +96,17 @@ def test_gradients_come_through_the_state():
 def test_a_run_in_chunks_has_the_curve_of_the_run_without(tmp_path):
     text = write_text(tmp_path / "corpus" / "text")
     for name, chunk in (("whole", 0), ("chunks", 48)):
-        more = ["engine=zero2", "max_steps=4", "seq_len=128", f"engine.sequence_chunk={chunk}"]
+        more = ["engine=zero2", "max_steps=4", "seq_len=512", "batch_tokens=1024", "layer_stats_every=4"]
+        more.append(f"engine.sequence_chunk={chunk}")
         result = run(["train.py", *settings(text, tmp_path / name, *more, "micro_batch_size=1")], num_ranks=2)
         assert result.returncode == 0, result.stderr
     whole, chunks = (lines(tmp_path / name) for name in ("whole", "chunks"))
     assert whole.keys() == chunks.keys()
+    whole_loss, chunks_loss = (
+        lines(tmp_path / name, "valid_loss")[4]["valid_loss"] for name in ("whole", "chunks")
+    )
+    assert chunks_loss == pytest.approx(whole_loss, abs=2e-3)  # validation goes in chunks, too
+    assert lines(tmp_path / "chunks", "layer_activation_rms").keys() == {4}
     for step, line in whole.items():
         assert chunks[step]["loss"] == pytest.approx(line["loss"], abs=2e-3)
         assert chunks[step]["grad_norm"] == pytest.approx(line["grad_norm"], rel=0.02)

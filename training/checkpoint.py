@@ -387,12 +387,38 @@ def step_of(folder: Path) -> int:
 
 
 def newest_checkpoint(root: Path, log: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint that passes every check; says which damaged ones it passed over."""
-    for folder in list_checkpoints(root):
+    """`newest_of` a run's checkpoints folder."""
+    return newest_of(list_checkpoints(root), log)
+
+
+def newest_of(
+    folders: list[Path],
+    log: Callable[[str], None],
+    opened: Callable[[Path], Checkpoint] = open_checkpoint,
+) -> Checkpoint | None:
+    """The first that passes every check; says which damaged ones it passed over. None if there are none.
+
+    Args:
+        opened: opens and checks one, or raises.
+
+    Raises:
+        CheckpointError: there are some, but none passes; with what is wrong with the first.
+    """
+    problems: list[str] = []
+    for folder in folders:
         try:
-            return open_checkpoint(folder)
-        except CheckpointError as error:
-            log(f"passing over a damaged checkpoint: {error}")
+            checkpoint = opened(folder)
+        except SettingError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            log(f"passing over a damaged checkpoint: {problem}")
+        return checkpoint
+    if problems:
+        raise CheckpointError(
+            f"{folders[0].parent}: none of {len(folders)} checkpoints is complete and undamaged "
+            f"({problems[0]})."
+        )
     return None
 
 

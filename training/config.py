@@ -247,8 +247,9 @@ def compose(schema: type, arguments: list[str], config_name: str | None = None):
         SettingError: names the key or group, the value and what is allowed.
     """
     ConfigStore.instance().store(name=f"{config_name or 'settings'}_schema", node=schema)
-    given = dict(_split(argument) for argument in arguments)
-    overrides = [_as_hydra_reads(key, value, schema, config_name) for key, value in map(_split, arguments)]
+    pairs = [_split(argument) for argument in arguments]
+    given = dict(pairs)
+    overrides = [_as_hydra_reads(key, value, schema, config_name) for key, value in pairs]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -293,15 +294,15 @@ def _as_hydra_reads(key: str, value: str, schema: type, config_name: str | None)
     if (value == "null" and NoneType in kinds) or kind is Any:
         return f"{key}={value}"
     parsed = _parse(f"{key}={value}")
-    if str in kinds and kind != list[str]:
+    if _is_list(kind):
+        return f"{key}={value if parsed is not None and value.startswith('[') else _list_of(key, value)}"
+    if str in kinds:
         if parsed is not None and value[:1] in ("'", '"'):  # in Hydra's own quotes
             return f"{key}={value}"
         if value == "null":
             raise SettingError(f"{key}=null: must be a text. For that very word write {key}=\"'null'\".")
         text = _escaped(value)
         return f"{key}='{text}'" if config_name else f"{key}='{_no_interpolation(text)}'"
-    if _is_list(kind):
-        return f"{key}={value if parsed is not None and value.startswith('[') else _list_of(key, value)}"
     if parsed is None or parsed.is_sweep_override():
         hint = " Several values in one command need -m." if schema is TrainConfig and "," in value else ""
         raise SettingError(f"{key}={value}: must be {_in_words(kind)}.{hint}")

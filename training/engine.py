@@ -32,7 +32,7 @@ from training.config import TrainConfig
 from training.distributed import World
 from training.muon import MatrixPart, MuonAdamW, create_state, matrix_parts
 from training.optimizer import build_optimizer
-from training.sequence_chunks import backward_in_chunks, cut
+from training.sequence_chunks import Chunk, backward_in_chunks, cut
 
 # What a checkpoint holds of a parameter: of one that AdamW updates, and of one that Muon does.
 KINDS = ("param", "exp_avg", "exp_avg_sq")
@@ -177,9 +177,8 @@ class Engine:
 
     def _backward(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
         """Accumulate the gradients of `scale` times the summed loss of a micro-batch. Returns the loss."""
-        chunk_tokens = self.config.engine.sequence_chunk
-        if chunk_tokens and batch.tokens.numel() > chunk_tokens:
-            chunks = cut(batch, chunk_tokens)
+        chunks = self._chunks(batch)
+        if chunks:
             return backward_in_chunks(
                 self.deepspeed, self.model.config, chunks, scale, self.world.device, is_last
             )
@@ -189,7 +188,13 @@ class Engine:
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
         return loss.detach()
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _chunks(self, batch: Batch) -> list[Chunk]:
+        """The pieces that `sequence_chunk` cuts a larger batch into; none where it is taken whole."""
+        chunk_tokens = self.config.engine.sequence_chunk
+        fits = not chunk_tokens or batch.tokens.numel() <= chunk_tokens
+        return [] if fits else cut(batch, chunk_tokens)
+
+    def _loss(self, batch: Batch | Chunk) -> Tensor:
         device = self.world.device
         cu_seqlens = batch.cu_seqlens
         if cu_seqlens is not None:
@@ -198,7 +203,10 @@ class Engine:
         return self.deepspeed(tokens, targets, cu_seqlens=cu_seqlens)
 
     def _activation_rms(self, batch: Batch) -> list[float]:
-        """Root mean square of each layer's output (the residual stream), over the ranks' micro-batches."""
+        """Root mean square of each layer's output (the residual stream), over the ranks' micro-batches.
+
+        Of a batch that is cut, the first chunk stands for it.
+        """
         found: list[Tensor] = []
         hooks = [
             block.register_forward_hook(lambda _, __, out: found.append(out[0].float().square().mean()))
@@ -206,19 +214,11 @@ class Engine:
         ]
         self.model.eval()
         with torch.no_grad():
-            self._loss(self._fitting(batch))
+            self._loss(next(iter(self._chunks(batch)), batch))
         for hook in hooks:
             hook.remove()
         means = self.world.sum(torch.stack(found).tolist())
         return [math.sqrt(mean / self.world.size) for mean in means]
-
-    def _fitting(self, batch: Batch) -> Batch:
-        """What a forward pass has room for: with `sequence_chunk` the first of its tokens."""
-        chunk_tokens = self.config.engine.sequence_chunk
-        if not chunk_tokens or batch.tokens.numel() <= chunk_tokens:
-            return batch
-        first = cut(batch, chunk_tokens)[0]
-        return Batch(first.tokens, first.targets, first.cu_seqlens)
 
     def _layer_grad_norms(self) -> list[float]:
         """L2 norm of each layer's gradient over all ranks, between the last backward and the update."""

@@ -166,7 +166,7 @@ class KillTest:
 
     def _train(self, changes: dict[str, str]) -> list[str]:
         """train.py with the point's settings and `changes` to them."""
-        settings = dict(setting.split("=", 1) for setting in self.point.settings) | changes
+        settings = self.point.values | changes
         run_dir = override("run_dir", self.folder.resolve() / "run")
         return [str(ROOT / "train.py"), *(f"{key}={value}" for key, value in settings.items()), run_dir]
 

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from data.files import explain_write_errors
 from data.prepare import PreparedData, prepare
@@ -17,6 +18,7 @@ from training.checkpoint import (
     Checkpoint,
     CheckpointError,
     list_checkpoints,
+    newest_of,
     open_checkpoint,
 )
 from training.config import TrainConfig, check_resumable, load_saved_config, save_config
@@ -99,23 +101,19 @@ def find_checkpoint(resume: str, folder: RunFolder, world: World, log: Log) -> C
     """
     if resume == "never":
         return None
-    problems: list[str] = []
-    for path in world.from_first(list_checkpoints(folder.checkpoints)):
-        try:
-            checkpoint = world.on_all(partial(open_checkpoint, path, share=(world.rank, world.size)))
-        except SettingError as error:
-            problems.append(str(error))
-        else:
-            for problem in problems:
-                log(f"passing over a damaged checkpoint: {problem}")
-            return checkpoint
-    if problems or resume == "must":
-        reason = f" ({problems[0]})" if problems else ""
+
+    def opened(path: Path) -> Checkpoint:
+        return world.on_all(partial(open_checkpoint, path, share=(world.rank, world.size)))
+
+    try:
+        newest = newest_of(world.from_first(list_checkpoints(folder.checkpoints)), log, opened)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{folder.checkpoints} holds no valid checkpoint to resume from{reason}. "
-            "Restore one, choose another run_dir, or start anew with resume=never overwrite=true."
-        )
-    return None
+            f"{error} Restore one, choose another run_dir, or start anew with resume=never overwrite=true."
+        ) from None
+    if newest is None and resume == "must":
+        raise CheckpointError(f"{folder.checkpoints} holds no checkpoint to resume from.")
+    return newest
 
 
 def _settle(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | None, log: Log) -> TrainConfig:

@@ -104,6 +104,11 @@ class Point:
     settings: list[str]
     config: TrainConfig
 
+    @property
+    def values(self) -> dict[str, str]:
+        """`settings` by their keys."""
+        return dict(setting.split("=", 1) for setting in self.settings)
+
 
 def expand(sweep: SweepDefinition) -> list[Point]:
     """All points: models, then crossed settings, then lengths.

@@ -86,7 +86,7 @@ def rows_of(folder: Path, sweep: SweepDefinition, manifest: Manifest, points: li
             "attention": point.config.model.attention,
             "batch_tokens": sweep.batch_tokens,
             "steps": sweep.steps,
-            "engine": dict(setting.split("=", 1) for setting in point.settings)["engine"],
+            "engine": point.values["engine"],
             "num_gpus": sweep.num_gpus,
             "run_folder": str(folder / "points" / point.name),
         }

@@ -62,15 +62,12 @@ def find_models(spec: str, log: Callable[[str], None] = print, key: str = "check
         raise CheckpointError(f"{key}={spec}: no such folder. Give a run folder, a checkpoint or an export.")
     run = RunFolder(path)
     if run.checkpoints.is_dir():
-        passed_over: list[str] = []
-        newest = newest_checkpoint(run.checkpoints, passed_over.append)
+        try:
+            newest = newest_checkpoint(run.checkpoints, log)
+        except CheckpointError as error:
+            raise CheckpointError(f"{key}={spec}: {error}") from None
         if newest is None:
-            reason = f" ({passed_over[0]})" if passed_over else ""
-            raise CheckpointError(
-                f"{key}={spec}: none of its {len(passed_over)} checkpoints is complete and undamaged{reason}."
-            )
-        for line in passed_over:
-            log(line)
+            raise CheckpointError(f"{key}={spec}: the run holds no checkpoint yet.")
         return [newest.folder]
     if (path / MANIFEST).exists() or (path / "state.json").exists() or is_model_folder(path):
         return [path]
