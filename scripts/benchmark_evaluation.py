@@ -1,0 +1,114 @@
+"""Speed of evaluation against the model's forward pass: what windows, packing and tallies cost.
+
+    python -m scripts.benchmark_evaluation checkpoint=outputs/x
+    python -m scripts.benchmark_evaluation checkpoint=outputs/x window=streaming seq_len=16384
+
+Times `eval.py`'s loop over the validation documents of the run's own data, their tokens in memory, and the
+model called on the same number of tokens, in turns. Prints medians and the peak of memory.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from models.transnormer import DecodeState, TransNormer
+from training import distributed
+from training.config import run_command
+from training.distributed import World
+from training.errors import SettingError
+from training.evaluation import WINDOWS, evaluate, resolve_stride
+from training.evaluation_inputs import identify, open_text
+from training.weights import find_models, load_model
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchmarkEvaluationConfig:
+    """What to score, and how often."""
+
+    checkpoint: str | None = None  # as in eval.py; of several, the first
+    seq_len: int = 1024  # tokens
+    window: str = "disjoint"  # disjoint, strided or streaming
+    max_tokens: int = 0  # score the first so many tokens; 0 for all
+    batch_tokens: int = 16384  # tokens of a forward pass (at least one window), and of a streamed chunk
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        if self.window not in WINDOWS:
+            raise SettingError(f"window={self.window!r} is unknown. Allowed: {', '.join(WINDOWS)}.")
+        for key in ("seq_len", "batch_tokens", "repeats"):
+            if getattr(self, key) < 1:
+                raise SettingError(f"{key}={getattr(self, key)} must be at least 1.")
+
+
+def main(config: BenchmarkEvaluationConfig) -> None:
+    """Print both speeds in tokens/s."""
+    if config.checkpoint is None:
+        raise SettingError("checkpoint is not set: give a run folder, a checkpoint or an export.")
+    distributed.check_launcher()
+    world = distributed.start(timeout_minutes=5)
+    try:
+        _compare(config, world)
+    finally:
+        distributed.stop()
+
+
+def _compare(config: BenchmarkEvaluationConfig, world: World) -> None:
+    def log(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    candidate = identify(find_models(str(config.checkpoint), log)[0], None)
+    documents = open_text(None, candidate, config.max_tokens, {}, log).documents
+    model = load_model(candidate.path, world.device, candidate.precision).model
+    streams = config.window == "streaming"
+    batch = min(config.seq_len, config.batch_tokens) if streams else max(config.batch_tokens, config.seq_len)
+    scored = sum(len(document.ids) - 1 for document in documents)
+    stride = resolve_stride(config.seq_len, config.window, None)
+    num_passes = max(1, round(scored * (config.seq_len / stride if stride else 1) / batch))
+    score = partial(
+        evaluate, model, documents, config.seq_len, world, window=config.window, batch_tokens=batch
+    )
+    forward = partial(_forward, model, batch, num_passes, streams, world.device)
+    sides: tuple[tuple[Callable, list[float]], ...] = ((score, []), (forward, []))
+    for turn in range(config.repeats + 1):
+        for side, seconds in sides:
+            start = time.perf_counter()
+            side()
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:  # the first compiles
+                seconds.append(time.perf_counter() - start)
+    ours, floor = (statistics.median(seconds) for _, seconds in sides)
+    speeds = scored / ours, num_passes * batch / floor
+    print(
+        f"{len(documents)} documents, {scored:,} tokens, window={config.window} seq_len={config.seq_len}: "
+        f"{speeds[0]:,.0f} tokens/s; the model alone, {num_passes} passes of {batch:,} tokens: "
+        f"{speeds[1]:,.0f} tokens/s. Medians of {config.repeats}; peak {_peak_memory(world):.2f} GiB."
+    )
+
+
+@torch.no_grad()
+def _forward(model: TransNormer, batch: int, num_passes: int, streams: bool, device: torch.device) -> None:
+    """The model on random tokens, losses of every token left on the device."""
+    ids = torch.randint(model.config.num_ids, (1, batch + 1), device=device)
+    state = {"state": DecodeState()} if streams else {}
+    for _ in range(num_passes):
+        model(ids[:, :-1], ids[:, 1:], reduction="none", **state)
+
+
+def _peak_memory(world: World) -> float:
+    """GiB: of the GPU's allocator, or of this process on a CPU."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+if __name__ == "__main__":
+    run_command(main, BenchmarkEvaluationConfig, __doc__)
