@@ -1,8 +1,20 @@
-"""What the engine does to a model before DeepSpeed trains it."""
+"""What the engine does beside DeepSpeed: compiled blocks, clipped gradients."""
 
+import pytest
 import torch
 
-from training.engine import compile_for_any_documents
+from data.loader import Batch
+from models.transnormer import TransNormer
+from training import distributed
+from training.config import TrainConfig, compose
+from training.engine import Engine, compile_for_any_documents
+
+
+@pytest.fixture(scope="module")
+def world():
+    world = distributed.start(5)
+    yield world
+    distributed.stop()
 
 
 def test_blocks_compile_once_for_any_number_of_documents():
@@ -20,3 +32,20 @@ def test_blocks_compile_once_for_any_number_of_documents():
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
         assert torch.equal(compiled(x, cu_seqlens), x * sum(bounds))
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("clip", [0.0, 0.3, 100.0])
+def test_gradients_are_clipped_at_the_norm_that_is_set_or_not_at_all(clip, stage, precision, world):
+    settings = [f"engine=zero{stage}", f"engine.precision={precision}", f"optim.grad_clip={clip}"]
+    sizes = ["model.vocab_size=64", "model.num_layers=1", "model.hidden_size=32", "model.glu_size=48"]
+    config = compose(TrainConfig, [*settings, *sizes], "train")
+    engine = Engine(TransNormer(config.model), config, world, accumulation_steps=1, micro_batch_size=2)
+    tokens = torch.arange(66).reshape(2, 33) % 64
+    norm = engine.train_step([Batch(tokens[:, :-1], tokens[:, 1:], None)], 64, 0.001).grad_norm
+    moments = torch.cat([fragment.tensors["exp_avg"] for fragment in engine.fragments()])
+    engine.close()
+    assert norm > 0.4
+    clipped = min(norm, clip) if clip else norm
+    assert float(moments.double().norm()) == pytest.approx((1 - config.optim.beta1) * clipped, rel=1e-6)

@@ -106,6 +106,11 @@ class EngineConfig:
         if not self.watchdog_seconds > 0:
             raise SettingError(f"engine.watchdog_seconds={self.watchdog_seconds} must be above 0.")
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything is kept in CPU memory."""
+        return self.offload_optimizer or self.offload_parameters
+
 
 def native_precision() -> str:
     """bf16 on GPUs and CPUs that have units for it; fp32 elsewhere, where it would be emulated."""
@@ -192,7 +197,7 @@ class TrainConfig:
                 f"schedule.ramp_batch_tokens={self.schedule.ramp_batch_tokens} is not a multiple of "
                 f"seq_len={self.seq_len}."
             )
-        if self.optim.name == "muon" and (self.engine.offload_optimizer or self.engine.offload_parameters):
+        if self.optim.name == "muon" and self.engine.offloads:
             raise SettingError(
                 "optim=muon does not work with offloading: use an engine without it, or optim=adamw."
             )

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.loader import Batch
 from models.attention import LRPE
@@ -231,19 +231,42 @@ class Engine:
         return norms
 
     def _update(self) -> tuple[float, bool]:
-        """Take the optimizer step unless a gradient is not finite. Returns (gradient norm, skipped)."""
-        if self.stage == 0:
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm(grads)
-            if not torch.isfinite(norm):
-                self.deepspeed.zero_grad()
-                return float(norm), True
-            if self.config.optim.grad_clip > 0:
-                nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.grad_clip, norm)
+        """Clip, and take the optimizer step unless a gradient is not finite. Returns (norm, skipped)."""
+        zero = self.deepspeed.optimizer
+        if self.config.engine.offloads:  # gradients are elsewhere
             self.deepspeed.step()
-            return float(norm), False
+            return float(self.deepspeed.get_global_grad_norm()), bool(zero.overflow)
+        norm = self._clip_gradients()
+        if self.stage == 0 and not math.isfinite(norm):
+            self.deepspeed.zero_grad()
+            return norm, True
         self.deepspeed.step()
-        return float(self.deepspeed.get_global_grad_norm()), bool(self.deepspeed.optimizer.overflow)
+        return norm, self.stage > 0 and bool(zero.overflow)
+
+    def _clip_gradients(self) -> float:
+        """Scale gradients so that their L2 norm over all ranks is at most `optim.grad_clip`; the norm before.
+
+        Squares are summed in fp64. In fp32, as in DeepSpeed, the norm would depend on how gradients are cut
+        up, and every weight after it too: with this one, ZeRO stages take the same steps.
+        """
+        if self.stage == 0:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        else:
+            gradients = self._gradient_parts()
+        squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()
+        if self.stage > 0:
+            torch.distributed.all_reduce(squares)
+        norm = math.sqrt(squares.item())
+        if 0 < self.config.optim.grad_clip < norm < math.inf:
+            torch._foreach_mul_(gradients, self.config.optim.grad_clip / norm)
+        return norm
+
+    def _gradient_parts(self) -> list[Tensor]:
+        """This rank's parts of the accumulated fp32 gradients: every element is on one rank only."""
+        zero = self.deepspeed.optimizer
+        if hasattr(zero, "averaged_gradients"):
+            return [part for parts in zero.averaged_gradients.values() for part in parts]
+        return zero.fp32_groups_gradient_flat_partition  # stage 1 in bf16
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's part of every parameter's state; at stage 0 every rank owns everything."""
@@ -396,6 +419,7 @@ def deepspeed_config(config: TrainConfig, micro_batch_size: int, accumulation_st
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "zero_optimization": zero,
+        "gradient_clipping": config.optim.grad_clip if engine.offloads else 0.0,  # the engine clips
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
@@ -403,6 +427,5 @@ def deepspeed_config(config: TrainConfig, micro_batch_size: int, accumulation_st
         "steps_per_print": 10**9,
     }
     if engine.zero_stage > 0:
-        settings["gradient_clipping"] = config.optim.grad_clip
         settings["bf16"] = {"enabled": engine.precision == "bf16"}
     return settings
