@@ -123,7 +123,7 @@ class GatedLinearAttention(nn.Module):
         if self.lrpe is not None:
             q, k = self.lrpe(q, positions), self.lrpe(k, positions)
         o, state = self._attend(q, k, v, cu_seqlens, state, keep_state)  # o (B, N, H, d)
-        o = self.norm(o.flatten(-2))
+        o = self.norm(o).flatten(-2) if config.output_norm == "head" else self.norm(o.flatten(-2))
         if config.gate == "full":
             o = parts[3] * o
         elif config.gate == "low_rank":

@@ -22,6 +22,7 @@ CHOICES = {
     "activation": ("silu", "none"),
     "gate": ("full", "low_rank", "none"),
     "norm": ("srmsnorm", "rmsnorm", "layernorm"),
+    "output_norm": ("hidden", "head"),
     "channel_mixer": ("sglu", "swiglu"),
     "backend": ("auto", "triton", "torch", "reference"),
     "activation_checkpointing": ("none", "selective", "full"),
@@ -54,6 +55,7 @@ class ModelConfig:
     gate: str = "full"  # low_rank: TNL3's D -> gate_size -> D
     gate_size: int = 16
     norm: str = "srmsnorm"
+    output_norm: str = "hidden"  # of attention's output: over the hidden width, or in each head by itself
     channel_mixer: str = "sglu"
     rope_base: float = 10000.0  # softmax layers only
 
@@ -95,6 +97,8 @@ class ModelConfig:
             raise ValueError(
                 f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}."
             )
+        if self.output_norm == "head" and self.norm != "srmsnorm":
+            raise ValueError(f"model.output_norm=head needs model.norm=srmsnorm, not {self.norm}.")
         if self.attention == "softmax" and self.head_dim % 2:
             raise ValueError(
                 f"model.num_heads={self.num_heads} gives heads of {self.head_dim} features; RoPE turns "

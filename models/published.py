@@ -27,6 +27,7 @@ SHARED = (
     "decay",
     "decay_layer_scaling",
     "gate",
+    "output_norm",
     "channel_mixer",
     "rope_base",
     "dropout",

@@ -21,6 +21,7 @@ VARIANTS = {
     "untied": {"tie_embeddings": False, "lrpe": "all", "scale_embedding": False},
     "low_rank_gate": {"gate": "low_rank", "norm": "rmsnorm", "channel_mixer": "swiglu"},
     "hybrid": {"softmax_every": 2, "norm": "layernorm", "decay": "paper"},
+    "norm_per_head": {"output_norm": "head", "gate": "none", "lrpe": "all"},
     "llama": {"attention": "softmax", "norm": "rmsnorm", "channel_mixer": "swiglu", "lrpe": "none"},
 }
 

@@ -76,7 +76,7 @@ VARIANTS = [
     {"lrpe": "none", "activation": "none", "decay": "none"},
     {"gate": "low_rank"},
     {"gate": "none", "norm": "layernorm"},
-    {"softmax_every": 2, "decay": "paper"},
+    {"softmax_every": 2, "decay": "paper", "output_norm": "head"},
     {"attention": "softmax", "norm": "rmsnorm", "channel_mixer": "swiglu", "lrpe": "none"},
     {"attention": "quadratic", "decay_layer_scaling": False, "scale_embedding": False},
 ]

@@ -17,6 +17,7 @@ from models.transnormer import PREFILL_TOKENS, DecodeState, TransNormer
 VARIANTS = {
     "default": {},
     "lrpe_everywhere": {"lrpe": "all", "tie_embeddings": False},
+    "norm_per_head": {"output_norm": "head", "gate": "none"},
     "low_rank_gate": {"gate": "low_rank", "norm": "rmsnorm"},
     "ablated": {"gate": "none", "lrpe": "none", "decay": "none", "activation": "none"},
     "paper_decay": {"decay": "paper", "norm": "layernorm", "channel_mixer": "swiglu"},
@@ -53,6 +54,16 @@ def random_tokens(*shape: int) -> torch.Tensor:
 def close(value, expected, tolerance=2e-5):
     error = (value - expected).norm() / expected.norm()
     assert error <= tolerance, f"relative error {error:.1e}"
+
+
+def test_norm_of_each_head():
+    model = make_model(make_config(output_norm="head", gate="none"))
+    seen = []
+    for block in model.model.layers:
+        block.token_mixer.out_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(random_tokens(2, 40))
+    heads = torch.stack(seen).unflatten(-1, (2, 16))
+    close(heads.square().mean(-1), torch.ones(3, 2, 40, 2), 1e-3)
 
 
 def test_no_token_sees_the_future(model):
