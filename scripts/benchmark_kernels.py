@@ -3,7 +3,7 @@
     python -m scripts.benchmark_kernels                      everything, about ten minutes on a GPU
     python -m scripts.benchmark_kernels quick=true           fewer lengths and rounds, about three minutes
     python -m scripts.benchmark_kernels only=correctness     errors against float64 and nothing else
-    python -m scripts.benchmark_kernels only=extras          packed documents, other head dims, decoding
+    python -m scripts.benchmark_kernels only=extras          other head dims, packed documents, one token
     python -m scripts.benchmark_kernels only=passes          each of our kernels by itself, and their launch
 
 Correctness comes first, and a provider whose output is wrong is not timed. Inputs are random. Providers take
@@ -72,9 +72,9 @@ class BenchmarkConfig:
         parts = ("all", "correctness", "lengths", "extras", "passes")
         if self.only not in parts:
             raise SettingError(f"only={self.only}: allowed are {', '.join(parts)}.")
-        if self.only in ("extras", "passes"):
+        if self.only == "passes":
             if self.providers not in (None, ["ours"]):
-                raise SettingError(f"only={self.only} times ours alone: leave providers out, or [ours].")
+                raise SettingError("only=passes times ours alone: leave providers out, or [ours].")
             self.providers = ["ours"]
         if self.dtype is not None and self.dtype not in DTYPES:
             raise SettingError(f"dtype={self.dtype}: allowed are {', '.join(DTYPES)}.")
@@ -87,10 +87,11 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True)
 class Provider:
-    """Something that computes attention from q, k, v, slopes."""
+    """Something that computes attention from q, k, v, slopes, and cu_seqlens where it is `general`."""
 
     name: str
-    run: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    run: Callable[..., Tensor]
+    general: bool = False  # takes any head dims, packed documents too
     heads_first: bool = False  # takes (B, H, N, D) instead of (B, N, H, D)
     softmax: bool = False  # causal softmax attention: another function, and quadratic in N
     quadratic: bool = False
@@ -118,7 +119,7 @@ class Row:
 
 def installed_providers(device: str) -> list[Provider]:
     """Ours first, then the peers found on this machine, each in the layout it wants."""
-    ours = Provider("ours", lambda q, k, v, s: lightning_attention(q, k, v, s)[0])
+    ours = Provider("ours", _ours, general=True)
     if device == "cpu":
         quadratic = Provider("quadratic", lambda *x: reference.quadratic(*x)[0], quadratic=True)
         recurrent = Provider("recurrent", lambda *x: reference.recurrent(*x)[0], quadratic=True)
@@ -127,7 +128,7 @@ def installed_providers(device: str) -> list[Provider]:
     for name in ("chunk_simple_gla", "fused_chunk_simple_gla"):
         function = _import("fla.ops.simple_gla", name)
         if function is not None:
-            providers.append(Provider(f"fla {name}", partial(_simple_gla, function)))
+            providers.append(Provider(f"fla {name}", partial(_simple_gla, function), general=True))
     function = _import("lightning_attn.ops", "lightning_attn_func")
     if function is not None:
         run = partial(_official, function)
@@ -147,8 +148,12 @@ def _import(module: str, name: str):
         return None
 
 
-def _simple_gla(function, q, k, v, slopes):
-    return function(q, k, v, g_gamma=-slopes, scale=1.0)[0]
+def _ours(q, k, v, slopes, cu_seqlens=None):
+    return lightning_attention(q, k, v, slopes, cu_seqlens=cu_seqlens)[0]
+
+
+def _simple_gla(function, q, k, v, slopes, cu_seqlens=None):
+    return function(q, k, v, g_gamma=-slopes, scale=1.0, cu_seqlens=cu_seqlens)[0]
 
 
 def _official(function, q, k, v, slopes):
@@ -218,9 +223,10 @@ def _error(x: Tensor, truth: Tensor) -> float:
 
 
 def check_correctness(config: BenchmarkConfig, providers: list[Provider], device: str) -> list[dict]:
-    """A table of errors, printed as it grows. A provider with any wrong shape is wrong.
+    """A table of errors, printed as it grows. What is wrong at some head dims is not timed at these.
 
-    Every dtype and shape of ours is checked, or what is timed where only a part of the timings was asked for.
+    Every dtype of ours and shape of a general provider is checked, or what is timed where only a part was
+    asked for.
     """
     H, Dk, Dv = config.heads, config.k_dim, config.v_dim
     timed_dtype = config.dtype or ("fp32" if device == "cpu" else "bf16")
@@ -236,10 +242,10 @@ def check_correctness(config: BenchmarkConfig, providers: list[Provider], device
     ]
     rows = []
     print(f"{'provider':<26}{'dtype':<7}{'B, N, H, Dk, Dv':<26}" + "".join(f"{n:>10}" for n in ERRORS))
+    everything = device != "cpu" and config.only != "lengths"
     for provider in providers:
-        ours = provider.name == "ours"
-        for dtype in DTYPES if ours and all_dtypes else [timed_dtype]:
-            for shape in shapes + (more if ours and device != "cpu" and config.only != "lengths" else []):
+        for dtype in DTYPES if provider.name == "ours" and all_dtypes else [timed_dtype]:
+            for shape in shapes + (more if provider.general and everything else []):
                 row = _check(config, provider, shape, dtype, device)
                 rows.append(row)
                 values = "".join(f"{row[n]:>10.1e}" if n in row else f"{'':>10}" for n in ERRORS)
@@ -375,31 +381,34 @@ def _lengths(quick: bool, cuda: bool) -> list[int]:
     return [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072]
 
 
-def time_extras(config, ours: Provider, device, clock, bandwidth) -> list[Row]:
-    """Other head dims and heads, a million tokens, packed documents, and decoding; ours alone."""
+def time_extras(config, providers, wrong, device, clock, bandwidth) -> list[Row]:
+    """Other head dims and heads, a million tokens, packed documents, and one token, of general providers."""
     dtype = config.dtype or "bf16"
+    general = [provider for provider in providers if provider.general]
     rows = []
     for name, shape in EXTRA_SHAPES.items():
-        rows += time_case(config, [ours], name, shape, dtype, device, clock, bandwidth)
-        print_rows(rows[-1:])
-    documents = packed_providers(device, config.seed)  # in turns, since their ratio is what is asked
-    rows += time_case(config, documents, "packed", PACKED_SHAPE, dtype, device, clock, bandwidth)
-    print_rows(rows[-len(documents) :])
-    rows += time_decoding(config, dtype, device, clock, bandwidth)
-    print_rows(rows[-2:])
-    return rows
+        timed = [provider for provider in general if (provider.name, *shape[3:]) not in wrong]
+        rows.append(time_case(config, timed, name, shape, dtype, device, clock, bandwidth))
+        print_rows(rows[-1])
+    timed = [provider for provider in general if (provider.name, *PACKED_SHAPE[3:]) not in wrong]
+    documents = packed_providers(timed, device, config.seed)  # in turns, since their ratio is what is asked
+    rows.append(time_case(config, documents, "packed", PACKED_SHAPE, dtype, device, clock, bandwidth))
+    print_rows(rows[-1])
+    rows.append(time_decoding(config, dtype, device, clock, bandwidth))
+    print_rows(rows[-1])
+    return [row for of_case in rows for row in of_case]
 
 
-def packed_providers(device: str, seed: int) -> list[Provider]:
-    """Ours over packed documents of PACKED_SHAPE, for each way to cut them."""
+def packed_providers(providers: list[Provider], device: str, seed: int) -> list[Provider]:
+    """Each provider over packed documents of PACKED_SHAPE, for each way to cut them."""
 
-    def provider(name: str, bounds: list[int]) -> Provider:
-        cu_seqlens = torch.tensor(bounds, device=device, dtype=torch.int32)
-        return Provider(
-            f"ours, {name}", lambda q, k, v, s: lightning_attention(q, k, v, s, cu_seqlens=cu_seqlens)[0]
-        )
+    def packed(provider: Provider, name: str, bounds: list[int]) -> Provider:
+        dtype = torch.int32 if provider.run is _ours else torch.int64
+        cu_seqlens = torch.tensor(bounds, device=device, dtype=dtype)
+        return Provider(f"{provider.name}, {name}", partial(provider.run, cu_seqlens=cu_seqlens))
 
-    return [provider(name, bounds) for name, bounds in packed_cases(PACKED_SHAPE[1], seed).items()]
+    cases = packed_cases(PACKED_SHAPE[1], seed)
+    return [packed(provider, name, bounds) for name, bounds in cases.items() for provider in providers]
 
 
 def packed_cases(num_tokens: int, seed: int) -> dict[str, list[int]]:
@@ -430,7 +439,8 @@ def print_passes(config, device, ours: Provider) -> None:
         for length in config.lengths or [1024, 8192, 131072]
     }
     cases |= {name: (EXTRA_SHAPES[name], ours) for name in ("D = 64", "H = 8, B = 1")}
-    cases |= {provider.name: (PACKED_SHAPE, provider) for provider in packed_providers(device, config.seed)}
+    packed = packed_providers([ours], device, config.seed)
+    cases |= {provider.name: (PACKED_SHAPE, provider) for provider in packed}
     for name, (shape, provider) in cases.items():
         tensors = make_tensors(shape, dtype, device, config.seed)
         run = partial(_run, provider, make_slopes(shape[2], device))
@@ -475,22 +485,40 @@ def _kernels_of(call: Callable[[], object], repeats: int = 50) -> tuple[list[flo
 
 
 def time_decoding(config, dtype, device, clock, bandwidth) -> list[Row]:
-    """One token; the floor is the time to read and write the state."""
+    """One token, ours and FLA's; the floor is the time to read and write the state."""
+    calls: dict[str, Callable] = {"ours": lightning_attention_step}
+    if fla := _import("fla.ops.simple_gla", "fused_recurrent_simple_gla"):
+        calls["fla fused_recurrent_simple_gla"] = partial(_simple_gla_step, fla)
     rows = []
     for B in (1, 64):
         H, Dk, Dv = config.heads, config.k_dim, config.v_dim
         q, k, v, _ = (x[:, 0].contiguous() for x in make_tensors((B, 1, H, Dk, Dv), DTYPES[dtype], device))
         slopes, state = make_slopes(H, device), torch.randn(B, H, Dk, Dv, device=device)
-        graph = _captured(partial(lightning_attention_step, q, k, v, slopes, state), device)
-        ms = time_interleaved({"ours": graph}, clock, config.rounds)["ours"]
-        rows.append(
+        inputs = q, k, v, slopes, state
+        o, after = lightning_attention_step(*inputs)
+        right = {
+            name: call
+            for name, call in calls.items()
+            if max(map(_error, call(*inputs), (o.double(), after.double()))) <= WRONG[dtype]
+        }
+        graphs = {name: _captured(partial(call, *inputs), device) for name, call in right.items()}
+        rows += [
             Row(
-                provider="ours", case="decode", length=1, batch=B, heads=H, k_dim=Dk, v_dim=Dv, dtype=dtype,
+                provider=name, case="decode", length=1, batch=B, heads=H, k_dim=Dk, v_dim=Dv, dtype=dtype,
                 forward_ms=ms, forward_backward_ms=None, forward_of_floor=2 * state.nbytes / bandwidth / ms,
                 forward_backward_of_floor=None, extra_mib=None,
             )
-        )  # fmt: skip
+            for name, ms in time_interleaved(graphs, clock, config.rounds).items()
+        ]  # fmt: skip
     return rows
+
+
+@torch.no_grad()
+def _simple_gla_step(function, q, k, v, slopes, state):
+    q, k, v = (x[:, None] for x in (q, k, v))
+    settings = {"g_gamma": -slopes, "scale": 1.0, "initial_state": state, "output_final_state": True}
+    o, after = function(q, k, v, **settings)
+    return o[:, 0], after
 
 
 def _captured(call: Callable, device: str) -> Callable:
@@ -594,24 +622,24 @@ def main(config: BenchmarkConfig) -> int:
             raise SettingError(f"providers={config.providers}: none of them is installed.")
     print(f"{name}, torch {torch.__version__}, backend {default_backend(device)}")
     checks = check_correctness(config, providers, device)
-    wrong = {row["provider"] for row in checks if row["verdict"] != "right"}
-    providers = [p for p in providers if p.name not in wrong]
+    wrong = {(row["provider"], *row["shape"][3:]) for row in checks if row["verdict"] != "right"}
     clock = Clock(device)
     bandwidth = copy_bandwidth(clock, device)
     rows: list[Row] = []
     if config.only in ("all", "lengths"):
-        rows += time_lengths(config, providers, device, clock, bandwidth)
+        timed = [p for p in providers if (p.name, config.k_dim, config.v_dim) not in wrong]
+        rows += time_lengths(config, timed, device, clock, bandwidth)
     if config.only == "all":
         write_results(config, name, bandwidth, checks, rows)  # already now: the rest takes minutes
     ours = next((p for p in providers if p.name == "ours"), None)
-    if config.only in ("all", "extras") and device == "cuda" and ours:
-        rows += time_extras(config, ours, device, clock, bandwidth)
+    if config.only in ("all", "extras") and device == "cuda":
+        rows += time_extras(config, providers, wrong, device, clock, bandwidth)
     write_results(config, name, bandwidth, checks, rows)
     if config.only in ("all", "passes") and device == "cuda" and ours:
         print_passes(config, device, ours)
     print(f"\n{name}, copy {bandwidth / 1e9:.2f} TB/s; not timed because wrong or failing: {sorted(wrong)}")
     print(f"results in {config.output}\n\n{markdown(rows)}" if rows else f"results in {config.output}")
-    return 1 if "ours" in wrong else 0
+    return 1 if any(name == "ours" for name, *_ in wrong) else 0
 
 
 if __name__ == "__main__":
