@@ -2,6 +2,9 @@
 
 Ids and text are those of data/tokenizer.py, with one addition: BOS is put first where special tokens are
 asked for. Special tokens spelled out in a text stay text (`split_special_tokens`).
+
+Unigram models are equal up to near ties: SentencePiece sums the scores of a text in fp32 and transformers in
+fp64, so that of two spellings whose scores differ by 1e-7 of that sum each may take the other.
 """
 
 import re
