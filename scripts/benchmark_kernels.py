@@ -426,8 +426,8 @@ def packed_cases(num_tokens: int, seed: int) -> dict[str, list[int]]:
 def print_passes(config, device, ours: Provider) -> None:
     """Median milliseconds of each kernel of a forward and backward, in the order of their first launch.
 
-    Beside them: their sum, what a call takes, and what the CPU takes to issue one while the GPU is held.
-    Where the last is the largest, launching limits the speed.
+    Beside them: their sum, what a call takes, also as a CUDA graph, and what the CPU takes to issue one while
+    the GPU is held. Where the last is the largest, launching limits the speed, and a graph is faster.
     """
     tokens, dtype = config.tokens or 131072, DTYPES[config.dtype or "bf16"]
     clock = Clock(device)
@@ -445,12 +445,14 @@ def print_passes(config, device, ours: Provider) -> None:
         tensors = make_tensors(shape, dtype, device, config.seed)
         run = partial(_run, provider, make_slopes(shape[2], device))
         call = partial(forward_and_gradients, run, *tensors)
-        (ms,) = time_interleaved({name: call}, clock, config.rounds).values()
+        calls: dict[str, Callable] = {"call": call, "graph": _captured(call, device)}
+        ms = time_interleaved(calls, clock, config.rounds)
         issue_ms = _issue_ms(call)
         times, names = _kernels_of(call)
         shown = ", ".join(f"{kernel} {time:.3f}" for kernel, time in zip(names, times, strict=True))
         print(
-            f"{name}: {ms:.3f} a call, {issue_ms:.3f} to issue, {sum(times):.3f} in kernels: {shown}",
+            f"{name}: {ms['call']:.3f} a call, {ms['graph']:.3f} as a graph, {issue_ms:.3f} to issue, "
+            f"{sum(times):.3f} in kernels: {shown}",
             flush=True,
         )
 
