@@ -1,5 +1,7 @@
 """What the engine does beside DeepSpeed: compiled blocks, clipped gradients."""
 
+import os
+
 import pytest
 import torch
 
@@ -12,9 +14,12 @@ from training.engine import Engine, compile_for_any_documents
 
 @pytest.fixture(scope="module")
 def world():
-    world = distributed.start(5)
-    yield world
+    """A group of one. It says so in the environment, where processes of later tests would find it."""
+    before = dict(os.environ)
+    yield distributed.start(5)
     distributed.stop()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def test_blocks_compile_once_for_any_number_of_documents():
