@@ -9,7 +9,6 @@ model called on the same number of tokens, in turns. Prints medians and the peak
 
 from __future__ import annotations
 
-import resource
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from training.distributed import World
 from training.errors import SettingError
 from training.evaluation import WINDOWS, evaluate, resolve_stride
 from training.evaluation_inputs import identify, open_text
+from training.metrics import peak_memory_gib
 from training.weights import find_models, load_model
 
 
@@ -55,6 +55,8 @@ def main(config: BenchmarkEvaluationConfig) -> None:
     distributed.check_launcher()
     world = distributed.start(timeout_minutes=5)
     try:
+        if world.size > 1:
+            raise SettingError(f"{world.size} ranks: this times one. Start it without a launcher.")
         _compare(config, world)
     finally:
         distributed.stop()
@@ -90,7 +92,8 @@ def _compare(config: BenchmarkEvaluationConfig, world: World) -> None:
     print(
         f"{len(documents)} documents, {scored:,} tokens, window={config.window} seq_len={config.seq_len}: "
         f"{speeds[0]:,.0f} tokens/s; the model alone, {num_passes} passes of {batch:,} tokens: "
-        f"{speeds[1]:,.0f} tokens/s. Medians of {config.repeats}; peak {_peak_memory(world):.2f} GiB."
+        f"{speeds[1]:,.0f} tokens/s. Medians of {config.repeats}; "
+        f"peak {peak_memory_gib(world.device):.2f} GiB."
     )
 
 
@@ -101,13 +104,6 @@ def _forward(model: TransNormer, batch: int, num_passes: int, streams: bool, dev
     state = {"state": DecodeState()} if streams else {}
     for _ in range(num_passes):
         model(ids[:, :-1], ids[:, 1:], reduction="none", **state)
-
-
-def _peak_memory(world: World) -> float:
-    """GiB: of the GPU's allocator, or of this process on a CPU."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
 
 if __name__ == "__main__":
