@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import reliability_faults
-from reliability_ranks import train
+from reliability_checks import train
 from training_helpers import lines, write_text
 
 from training import setup

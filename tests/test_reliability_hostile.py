@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from reliability_ranks import launch, train
+from forked_ranks import launch
+from reliability_checks import train
 from training_helpers import settings, write_text
 
 from data.config import DataConfig, TokenizerConfig
@@ -466,8 +467,8 @@ def clean(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clean")
     text = write_text(folder / "text")
     assert train(text, folder / "run", "max_steps=2", "keep_checkpoints=1").wait() == [0]
-    arguments = [f"checkpoint={folder / 'run'}", f"output={folder / 'export'}"]
-    assert launch(folder / "stderr", arguments, command="scripts.export_hf").wait() == [0]
+    export = ["-m", "scripts.export_hf", f"checkpoint={folder / 'run'}", f"output={folder / 'export'}"]
+    assert launch(folder / "stderr", export).wait() == [0]
     prepared = next(path for path in (folder / "cache").iterdir() if path.is_dir())
     shutil.copytree(prepared, folder / "data")
     sweep = compose(SweepConfig, SWEEP_SETTINGS, "sweep").sweep
@@ -490,34 +491,32 @@ def hostile_copy(clean: Path, folder: Path, payload: Callable) -> Place:
     return place
 
 
-def arguments_for(command: str, place: Place) -> tuple[str, list[str]]:
+def command_for(command: str, place: Place) -> list[str]:
     run, text = place.folder / "run", place.folder / "text"
     data = ["data=text", f"data.path={text}", f"data.cache_dir={place.folder / 'cache'}"]
     fresh = place.folder / "fresh"
+    train = ["train.py", *settings(text, fresh, "max_steps=3")]
+    evaluate = ["eval.py", "seq_lens=[32]"]
     return {
-        "resume": ("train.py", settings(text, run, "max_steps=3")),
-        "init_from": ("train.py", settings(text, fresh, "max_steps=3", f"init_from={run}")),
-        "init_from export": ("train.py", settings(text, fresh, "max_steps=3", f"init_from={place.export}")),
-        "eval": ("eval.py", [f"checkpoint={run}", "seq_lens=[32]", *data]),
-        "eval export": ("eval.py", [f"checkpoint={place.export}", "seq_lens=[32]", *data]),
-        "generate": ("scripts.generate", [f"checkpoint={run}", "max_tokens=2"]),
-        "export": ("scripts.export_hf", [f"checkpoint={run}", f"output={fresh}"]),
-        "eval own": ("eval.py", [f"checkpoint={run}", "seq_lens=[32]"]),
-        "lm_eval": ("scripts.lm_eval_tasks", [f"checkpoint={run}", "tasks=[x]"]),
-        "report": ("scripts.report", [f"run_dir={run}"]),
-        "sweep": ("scripts.sweep", ["launcher=python", f"run_dir={place.sweep}", *SWEEP_SETTINGS]),
-        "import": ("scripts.import_hf", [f"source={place.export}", f"run_dir={fresh}"]),
-        "train on it": (
-            "train.py",
-            [*settings(text, fresh, "max_steps=3", "data=prepared"), f"data.path={place.data}"],
-        ),
+        "resume": ["train.py", *settings(text, run, "max_steps=3")],
+        "init_from": [*train, f"init_from={run}"],
+        "init_from export": [*train, f"init_from={place.export}"],
+        "eval": [*evaluate, f"checkpoint={run}", *data],
+        "eval export": [*evaluate, f"checkpoint={place.export}", *data],
+        "generate": ["-m", "scripts.generate", f"checkpoint={run}", "max_tokens=2"],
+        "export": ["-m", "scripts.export_hf", f"checkpoint={run}", f"output={fresh}"],
+        "eval own": [*evaluate, f"checkpoint={run}"],
+        "lm_eval": ["-m", "scripts.lm_eval_tasks", f"checkpoint={run}", "tasks=[x]"],
+        "report": ["-m", "scripts.report", f"run_dir={run}"],
+        "sweep": ["-m", "scripts.sweep", "launcher=python", f"run_dir={place.sweep}", *SWEEP_SETTINGS],
+        "import": ["-m", "scripts.import_hf", f"source={place.export}", f"run_dir={fresh}"],
+        "train on it": [*train, "data=prepared", f"data.path={place.data}"],
     }[command]
 
 
 def assert_refused(clean: Path, folder: Path, payload: Callable, command: str) -> dict:
     """Exit 2 with a short message (0 where it is harmless), and a clean report; returns the report."""
     place = hostile_copy(clean, folder / "victim", payload)
-    script, arguments = arguments_for(command, place)
     before = listing(place.outside)
     faults = {
         0: [
@@ -526,7 +525,7 @@ def assert_refused(clean: Path, folder: Path, payload: Callable, command: str) -
             ("watch", str(folder / "report"), str(place.outside)),
         ]
     }
-    ranks = launch(folder, arguments, faults=faults, command=script, SECRET_KEY="hunter2")
+    ranks = launch(folder, command_for(command, place), faults=faults, SECRET_KEY="hunter2")
     codes = ranks.wait(60)
     where, stderr = f"{payload.__name__} through {command}", ranks.stderr()
     expected = [0, 2] if payload in HARMLESS else [2]
@@ -737,7 +736,7 @@ def test_an_evaluation_says_what_a_checkpoint_makes_it_read_and_writes_in_its_ow
     (place.checkpoint / "config.yaml").write_text(inside.replace(f"{clean}/cache", f"{place.outside}/cache"))
     place.seal()
     faults = {0: [("own_cache", str(tmp_path / "cache"))]}
-    ranks = launch(tmp_path, [f"checkpoint={place.run}"], faults=faults, command="eval.py")
+    ranks = launch(tmp_path, ["eval.py", f"checkpoint={place.run}"], faults=faults)
     assert ranks.wait() == [0], ranks.stderr()
     assert f"scoring the validation split of data=text, data.path={place.folder}/text" in ranks.stderr()
     assert [path.name for path in place.outside.iterdir()] == ["secret"]

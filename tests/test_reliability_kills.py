@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from reliability_checks import assert_same_results
-from reliability_ranks import launch, train
+from forked_ranks import launch
+from reliability_checks import assert_same_results, train
 from training_helpers import lines, write_text
 
 from training.checkpoint import CheckpointError, list_checkpoints, newest_checkpoint, open_checkpoint
@@ -100,7 +100,7 @@ def kill_at_some_time(text, run_dir: Path, shape, victims: list[int], seconds: f
     """One start, and kill -9 of some ranks a while after training has begun; saves are slowed down."""
     faults = {rank: [("impatient",), ("slow_saves", 0.05)] for rank in range(2)}
     ranks = train(text, run_dir, *shape, num_ranks=2, faults=faults)
-    while not (ranks.logs[0].exists() and "ZeRO" in ranks.stderr()):
+    while not ((ranks.folder / "stderr0").exists() and "ZeRO" in ranks.stderr()):
         time.sleep(0.05)
     time.sleep(seconds)
     for victim in victims:
@@ -304,7 +304,7 @@ def test_a_run_folder_that_was_renamed_goes_on_and_a_checkpoint_copied_out_of_it
     assert_same_results(moved, whole, 6)
     shutil.copytree(moved / "checkpoints/step_00000006", copy)
     shutil.rmtree(moved)
-    evaluated = launch(tmp_path / "eval", [f"checkpoint={copy}", "seq_lens=[32]"], command="eval.py")
+    evaluated = launch(tmp_path / "eval", ["eval.py", f"checkpoint={copy}", "seq_lens=[32]"])
     assert evaluated.wait() == [0], evaluated.stderr()
     assert list((copy / "eval").iterdir())
     assert open_checkpoint(copy).step == 6

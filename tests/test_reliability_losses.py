@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from reliability_ranks import train
+from reliability_checks import train
 from training_helpers import lines, write_text
 
 from training.checkpoint import list_checkpoints, newest_checkpoint

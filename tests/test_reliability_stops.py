@@ -11,8 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from reliability_checks import wait_for
-from reliability_ranks import QUICK, train
+from reliability_checks import QUICK, train, wait_for
 from training_helpers import ROOT, environment, lines, settings, write_text
 
 from training.checkpoint import newest_checkpoint

@@ -246,13 +246,9 @@ def test_bad_input_ends_with_2_and_at_most_two_lines(tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
-def test_a_half_set_launcher_environment_is_refused(tmp_path, monkeypatch):
-    import training_helpers
-
+def test_a_half_set_launcher_environment_is_refused(tmp_path):
     text = write_text(tmp_path / "text")
-    whole = training_helpers.environment
-    monkeypatch.setattr(training_helpers, "environment", lambda *_: whole() | {"RANK": "0"})
-    result = run(["train.py", *settings(text, tmp_path / "run")])
+    result = run(["train.py", *settings(text, tmp_path / "run")], RANK="0")
     assert result.returncode == 2
     assert "WORLD_SIZE" in result.stderr
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
+from forked_ranks import ROOT, environment, free_port, launch
 
 from training.checkpoint import open_checkpoint
-
-ROOT = Path(__file__).resolve().parent.parent
 
 TINY = [
     "tokenizer=bytes",
@@ -58,22 +56,9 @@ def settings(text: Path, run_dir: Path, *more: str) -> list[str]:
     ]
 
 
-def environment(rank: int = 0, num_ranks: int = 1, port: int = 0) -> dict[str, str]:
-    """What a launcher would set; nothing for a single process."""
-    values = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET"):
-        values.pop(name, None)
-    if num_ranks > 1:
-        values |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-        values |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return values
-
-
 def start(command: list[str], num_ranks: int = 1) -> list[subprocess.Popen]:
-    """Start `python COMMAND` once a rank, as a launcher does."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """Start `python COMMAND` once a rank, as a launcher does, each in an interpreter of its own."""
+    port = free_port()
     return [
         subprocess.Popen(
             [sys.executable, *command],
@@ -101,9 +86,12 @@ def finish(processes: list[subprocess.Popen], timeout: float = 300) -> list[subp
     return results
 
 
-def run(command: list[str], num_ranks: int = 1) -> subprocess.CompletedProcess:
-    """Run to the end; the first rank's result."""
-    return finish(start(command, num_ranks))[0]
+def run(command: list[str], num_ranks: int = 1, **variables: str) -> subprocess.CompletedProcess:
+    """Run `python COMMAND` to the end in forked ranks; the first rank's result."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = launch(Path(folder), command, num_ranks, **variables)
+        code = ranks.wait(300)[0]
+        return subprocess.CompletedProcess(command, code, ranks.stdout(), ranks.stderr())
 
 
 def lines(run_dir: Path, key: str = "loss") -> dict[int, dict]:

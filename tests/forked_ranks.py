@@ -1,7 +1,8 @@
-"""Ranks of tiny runs for the reliability tests: forked from a server that has imported everything once.
+"""Ranks of tiny runs, forked from a server that has imported everything once.
 
-`launch` starts the ranks of a run as a launcher does, but in half a second instead of ten. `faults` are
+`launch` starts the ranks of a command as a launcher does, but in half a second instead of ten. `faults` are
 functions of tests/reliability_faults.py, called in the rank before it trains: they patch what is to fail.
+Their report is left out (tests/forked_preload.py).
 """
 
 from __future__ import annotations
@@ -19,19 +20,28 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import reliability_faults
-from training_helpers import ROOT, environment, settings
 
-PRELOADED = ["reliability_preload"]
-# no evaluation of its own: what a test needs it switches on
-QUICK = ["save_every=1", "keep_checkpoints=3", "eval_tokens=200"]
+ROOT = Path(__file__).resolve().parent.parent
+PRELOADED = ["forked_preload"]
+
+
+def environment(rank: int = 0, num_ranks: int = 1, port: int = 0) -> dict[str, str]:
+    """What a launcher would set; nothing for a single process."""
+    values = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET"):
+        values.pop(name, None)
+    if num_ranks > 1:
+        values |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+        values |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return values
 
 
 @dataclass
 class Ranks:
-    """Processes of one run, rank by rank, and what each wrote to stderr."""
+    """Processes of one run, rank by rank, and the folder that takes what each writes."""
 
     processes: list[BaseProcess]
-    logs: list[Path]
+    folder: Path
 
     def wait(self, timeout: float = 120) -> list[int | None]:
         """Exit codes; None for a rank that is still there after `timeout` seconds (it is killed)."""
@@ -45,11 +55,20 @@ class Ranks:
                 process.join()
         return codes
 
+    def stdout(self, rank: int = 0) -> str:
+        return (self.folder / f"stdout{rank}").read_text()
+
     def stderr(self, rank: int = 0) -> str:
-        return self.logs[rank].read_text()
+        return (self.folder / f"stderr{rank}").read_text()
 
     def signal(self, number: int, rank: int) -> None:
         os.kill(self.processes[rank].pid, number)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @functools.cache
@@ -73,63 +92,47 @@ def _server():
 
 def launch(
     folder: Path,
-    arguments: list[str],
+    command: list[str],
     num_ranks: int = 1,
     faults: dict[int, list[tuple]] | None = None,
-    command: str = "train.py",
     **variables: str,
 ) -> Ranks:
-    """Start the ranks of `python COMMAND ARGUMENTS`.
+    """Start the ranks of `python COMMAND`.
 
     Args:
-        folder: takes the ranks' stderr.
-        command: a script, or a module without .py.
+        folder: takes the ranks' stdout and stderr.
+        command: [SCRIPT, …], [-m, MODULE, …] or [-c, CODE, …].
         faults: by rank, (name of a function in reliability_faults, arguments…).
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
-    processes, logs = [], []
+    processes = []
     for rank in range(num_ranks):
-        log = folder / f"stderr{rank}"
         started = environment(rank, num_ranks, port) | variables
+        logs = [folder / f"stdout{rank}", folder / f"stderr{rank}"]
         rank_faults = (faults or {}).get(rank, [])
-        process = _server().Process(target=_run_rank, args=(command, arguments, started, log, rank_faults))
+        process = _server().Process(target=_run_rank, args=(command, started, logs, rank_faults))
         process.start()
         processes.append(process)
-        logs.append(log)
-    return Ranks(processes, logs)
+    return Ranks(processes, folder)
 
 
-def train(
-    text: Path,
-    run_dir: Path,
-    *more: str,
-    num_ranks: int = 1,
-    faults=None,
-    stderr: Path | None = None,
-    **variables,
-) -> Ranks:
-    """Start a tiny run in run_dir; `stderr` is a folder for what the ranks write there."""
-    arguments = settings(text, run_dir, *QUICK, *more)
-    return launch(stderr or run_dir.parent / "stderr", arguments, num_ranks, faults, **variables)
-
-
-def _run_rank(
-    command: str, arguments: list[str], variables: dict[str, str], log: Path, faults: list[tuple]
-) -> None:
+def _run_rank(command: list[str], variables: dict[str, str], logs: list[Path], faults: list[tuple]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     os.environ.clear()
     os.environ.update(variables)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    for number, log in enumerate(logs, 1):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     os.chdir(ROOT)
-    sys.argv = [command, *arguments]
     reliability_faults.apply(faults)
-    if command.endswith(".py"):
-        runpy.run_path(command, run_name="__main__")
-    else:
-        runpy.run_module(command, run_name="__main__", alter_sys=True)
+    match command:
+        case ["-c", code, *arguments]:
+            sys.argv = ["-c", *arguments]
+            exec(code, {"__name__": "__main__"})
+        case ["-m", module, *arguments]:
+            sys.argv = [module, *arguments]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        case _:
+            sys.argv = command
+            runpy.run_path(command[0], run_name="__main__")

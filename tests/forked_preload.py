@@ -1,4 +1,4 @@
-"""What the reliability tests' fork server imports, once for all ranks that it forks."""
+"""What the tests' fork server imports, once for all ranks that it forks."""
 
 import gc
 
