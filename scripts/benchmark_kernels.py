@@ -3,7 +3,8 @@
     python -m scripts.benchmark_kernels                      everything, about ten minutes on a GPU
     python -m scripts.benchmark_kernels quick=true           fewer lengths and rounds, about three minutes
     python -m scripts.benchmark_kernels only=correctness     errors against float64 and nothing else
-    python -m scripts.benchmark_kernels only=extras          other head dims, packed documents, one token
+    python -m scripts.benchmark_kernels only=extras          other head dims, packed documents, one token;
+                                                             extras=[packed] for one of them
     python -m scripts.benchmark_kernels only=passes          each of our kernels by itself, and their launch
 
 Correctness comes first, and a provider whose output is wrong is not timed. Inputs are random. Providers take
@@ -17,7 +18,7 @@ import csv
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
@@ -39,13 +40,15 @@ WRONG = {
     "fp16": 2e-3,
     "fp32": 1e-3,
 }  # relative error that no rounding of a right result explains
-EXTRA_SHAPES: dict[str, Shape] = {
-    "D = 64": (16, 8192, 16, 64, 64),
-    "D = 256": (16, 8192, 8, 256, 256),
-    "Dk = 2 Dv": (16, 8192, 16, 256, 128),
-    "H = 8, B = 1": (1, 131072, 8, 128, 128),
-    "1M tokens": (1, 2**20, 16, 128, 128),
+# What is timed and what is checked: the same heads and head dims, for which a peer tunes itself for a minute.
+EXTRA_SHAPES: dict[str, tuple[Shape, Shape]] = {
+    "head_dim_64": ((16, 8192, 16, 64, 64), (2, 777, 16, 64, 64)),
+    "head_dim_256": ((16, 8192, 8, 256, 256), (1, 700, 8, 256, 256)),
+    "wide_keys": ((16, 8192, 16, 256, 128), (1, 1500, 16, 256, 128)),
+    "few_heads": ((1, 131072, 8, 128, 128), (1, 8191, 8, 128, 128)),
+    "million_tokens": ((1, 2**20, 16, 128, 128), (3, 1000, 16, 128, 128)),
 }
+EXTRAS = (*EXTRA_SHAPES, "packed", "one_token")
 PACKED_SHAPE: Shape = (1, 131072, 16, 128, 128)
 ROUND_MS = 30  # one provider's turn: long enough to reach the clocks of sustained load
 
@@ -55,6 +58,7 @@ class BenchmarkConfig:
     """What to compare and where to write; `null` lengths and tokens are chosen for the device."""
 
     only: str = "all"  # all, correctness, lengths, extras, passes
+    extras: list[str] = field(default_factory=lambda: list(EXTRAS))  # which of them
     quick: bool = False
     output: str = "outputs/benchmark_kernels"
     lengths: list[int] | None = None  # N; the batch is tokens / N
@@ -78,6 +82,9 @@ class BenchmarkConfig:
             self.providers = ["ours"]
         if self.dtype is not None and self.dtype not in DTYPES:
             raise SettingError(f"dtype={self.dtype}: allowed are {', '.join(DTYPES)}.")
+        unknown = sorted(set(self.extras) - set(EXTRAS))
+        if unknown:
+            raise SettingError(f"extras: {unknown[0]} is unknown. Allowed: {', '.join(EXTRAS)}.")
         if self.rounds < 1 or self.heads < 1:
             raise SettingError(f"rounds={self.rounds} heads={self.heads}: both must be 1 or more.")
         for length in self.lengths or []:
@@ -232,20 +239,16 @@ def check_correctness(config: BenchmarkConfig, providers: list[Provider], device
     timed_dtype = config.dtype or ("fp32" if device == "cpu" else "bf16")
     all_dtypes = config.only in ("all", "correctness") and config.dtype is None
     lengths = (512,) if device == "cpu" else (1024, 4096)
-    shapes = [(2, length, H, Dk, Dv) for length in lengths]
-    more = [
-        (3, 1000, H, Dk, Dv),
-        (1, 8191, 2, Dk, Dv),
-        (2, 777, 4, 64, 64),
-        (1, 1500, 4, 2 * Dv, Dv),
-        (1, 700, 2, 256, 256),
-    ]
+    shapes = [] if config.only == "extras" else [(2, length, H, Dk, Dv) for length in lengths]
+    if device != "cpu" and config.only != "lengths":
+        more = [checked for name, (_, checked) in EXTRA_SHAPES.items() if name in config.extras]
+    else:
+        more = []
     rows = []
     print(f"{'provider':<26}{'dtype':<7}{'B, N, H, Dk, Dv':<26}" + "".join(f"{n:>10}" for n in ERRORS))
-    everything = device != "cpu" and config.only != "lengths"
     for provider in providers:
         for dtype in DTYPES if provider.name == "ours" and all_dtypes else [timed_dtype]:
-            for shape in shapes + (more if provider.general and everything else []):
+            for shape in shapes + (more if provider.general else []):
                 row = _check(config, provider, shape, dtype, device)
                 rows.append(row)
                 values = "".join(f"{row[n]:>10.1e}" if n in row else f"{'':>10}" for n in ERRORS)
@@ -381,30 +384,33 @@ def _lengths(quick: bool, cuda: bool) -> list[int]:
     return [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072]
 
 
-def time_extras(config, providers, wrong, device, clock, bandwidth) -> list[Row]:
+def time_extras(config, providers, wrong, device, clock, bandwidth) -> Iterator[list[Row]]:
     """Other head dims and heads, a million tokens, packed documents, and one token, of general providers."""
     dtype = config.dtype or "bf16"
-    general = [provider for provider in providers if provider.general]
-    rows = []
-    for name, shape in EXTRA_SHAPES.items():
-        timed = [provider for provider in general if (provider.name, *shape[3:]) not in wrong]
-        rows.append(time_case(config, timed, name, shape, dtype, device, clock, bandwidth))
-        print_rows(rows[-1])
-    timed = [provider for provider in general if (provider.name, *PACKED_SHAPE[3:]) not in wrong]
-    timed = [provider for provider in timed if _right_when_packed(provider, dtype, device)]
-    # all ways to cut in turns, since their ratio is what is asked
-    documents = packed_providers(timed, device, packed_cases(config.seed))
-    rows.append(time_case(config, documents, "packed", PACKED_SHAPE, dtype, device, clock, bandwidth))
-    print_rows(rows[-1])
-    rows.append(time_decoding(config, dtype, device, clock, bandwidth))
-    print_rows(rows[-1])
-    return [row for of_case in rows for row in of_case]
+
+    def right(shape: Shape) -> list[Provider]:
+        return [p for p in providers if p.general and (p.name, *shape[3:]) not in wrong]
+
+    for name in config.extras:
+        if name == "one_token":
+            rows = time_one_token(config, dtype, device, clock, bandwidth)
+        elif name == "packed":
+            timed = [p for p in right(PACKED_SHAPE) if _right_when_packed(p, dtype, device)]
+            # all ways to cut in turns, since their ratio is what is asked
+            documents = packed_providers(timed, device, packed_cases(config.seed))
+            rows = time_case(config, documents, name, PACKED_SHAPE, dtype, device, clock, bandwidth)
+        else:
+            shape, _ = EXTRA_SHAPES[name]
+            rows = time_case(config, right(shape), name, shape, dtype, device, clock, bandwidth)
+        print_rows(rows)
+        yield rows
 
 
 def _right_when_packed(provider: Provider, dtype: str, device: str) -> bool:
     """Whether a provider keeps documents apart, against float64 on a few short ones; says so if not."""
-    tensors = make_tensors((1, 700, 2, *PACKED_SHAPE[3:]), DTYPES[dtype], device)[:3]
-    slopes, bounds = make_slopes(2, device), [0, 3, 300, 700]
+    heads = PACKED_SHAPE[2]
+    tensors = make_tensors((1, 700, *PACKED_SHAPE[2:]), DTYPES[dtype], device)[:3]
+    slopes, bounds = make_slopes(heads, device), [0, 3, 300, 700]
     (packed,) = packed_providers([provider], device, {"short": bounds})
     cu_seqlens = torch.tensor(bounds, device=device, dtype=torch.int32)
     q, k, v = (x.double() for x in tensors)
@@ -454,7 +460,7 @@ def print_passes(config, device, ours: Provider) -> None:
         )
         for length in config.lengths or [1024, 8192, 131072]
     }
-    cases |= {name: (EXTRA_SHAPES[name], ours) for name in ("D = 64", "H = 8, B = 1")}
+    cases |= {name: (EXTRA_SHAPES[name][0], ours) for name in ("head_dim_64", "few_heads")}
     packed = packed_providers([ours], device, packed_cases(config.seed))
     cases |= {provider.name: (PACKED_SHAPE, provider) for provider in packed}
     for name, (shape, provider) in cases.items():
@@ -502,7 +508,7 @@ def _kernels_of(call: Callable[[], object], repeats: int = 50) -> tuple[list[flo
     return times, [event.name.split("<")[0][:40] for event in kernels[:per_call]]
 
 
-def time_decoding(config, dtype, device, clock, bandwidth) -> list[Row]:
+def time_one_token(config, dtype, device, clock, bandwidth) -> list[Row]:
     """One token, ours and FLA's; the floor is the time to read and write the state."""
     calls: dict[str, Callable] = {"ours": lightning_attention_step}
     if fla := _import("fla.ops.simple_gla", "fused_recurrent_simple_gla"):
@@ -525,7 +531,7 @@ def time_decoding(config, dtype, device, clock, bandwidth) -> list[Row]:
                 graphs[name] = _captured(partial(call, *inputs), device)
         rows += [
             Row(
-                provider=name, case="decode", length=1, batch=B, heads=H, k_dim=Dk, v_dim=Dv, dtype=dtype,
+                provider=name, case="one_token", length=1, batch=B, heads=H, k_dim=Dk, v_dim=Dv, dtype=dtype,
                 forward_ms=ms, forward_backward_ms=None, forward_of_floor=2 * state.nbytes / bandwidth / ms,
                 forward_backward_of_floor=None, extra_mib=None,
             )
@@ -650,12 +656,12 @@ def main(config: BenchmarkConfig) -> int:
     if config.only in ("all", "lengths"):
         timed = [p for p in providers if (p.name, config.k_dim, config.v_dim) not in wrong]
         rows += time_lengths(config, timed, device, clock, bandwidth)
-    if config.only == "all":
-        write_results(config, name, bandwidth, checks, rows)  # already now: the rest takes minutes
+    write_results(config, name, bandwidth, checks, rows)
     ours = next((p for p in providers if p.name == "ours"), None)
     if config.only in ("all", "extras") and device == "cuda":
-        rows += time_extras(config, providers, wrong, device, clock, bandwidth)
-    write_results(config, name, bandwidth, checks, rows)
+        for extra in time_extras(config, providers, wrong, device, clock, bandwidth):
+            rows += extra
+            write_results(config, name, bandwidth, checks, rows)  # already now: the rest takes minutes
     if config.only in ("all", "passes") and device == "cuda" and ours:
         print_passes(config, device, ours)
     print(f"\n{name}, copy {bandwidth / 1e9:.2f} TB/s; not timed because wrong or failing: {sorted(wrong)}")
