@@ -35,9 +35,9 @@ demo: .venv/installed
 	$(BIN)/python -m scripts.generate checkpoint=$(DEMO) prompt="class Reader:" temperature=0.6 max_tokens=200
 	$(BIN)/python -m scripts.report run_dir=$(DEMO)
 
-# A file of tests at a time on each of up to four cores, with one thread: two wait for each other more than they gain.
+# On each of up to four cores, with one thread: two wait for each other more than they gain.
 test: .venv/installed
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$n) --dist loadfile \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 4 ] && n=4; echo $$n) --dist worksteal \
 	  || { echo 'the failed tests again, alone: some have deadlines'; $(BIN)/python -m pytest --last-failed; }
 
 torture: .venv/installed

@@ -95,13 +95,14 @@ def launch(
     command: list[str],
     num_ranks: int = 1,
     faults: dict[int, list[tuple]] | None = None,
+    cwd: Path = ROOT,
     **variables: str,
 ) -> Ranks:
     """Start the ranks of `python COMMAND`.
 
     Args:
         folder: takes the ranks' stdout and stderr.
-        command: [SCRIPT, …], [-m, MODULE, …] or [-c, CODE, …].
+        command: [SCRIPT, …], with the script's path in the repository, [-m, MODULE, …] or [-c, CODE, …].
         faults: by rank, (name of a function in reliability_faults, arguments…).
     """
     port = free_port()
@@ -111,20 +112,22 @@ def launch(
         started = environment(rank, num_ranks, port) | variables
         logs = [folder / f"stdout{rank}", folder / f"stderr{rank}"]
         rank_faults = (faults or {}).get(rank, [])
-        process = _server().Process(target=_run_rank, args=(command, started, logs, rank_faults))
+        process = _server().Process(target=_run_rank, args=(command, cwd, started, logs, rank_faults))
         process.start()
         processes.append(process)
     return Ranks(processes, folder)
 
 
-def _run_rank(command: list[str], variables: dict[str, str], logs: list[Path], faults: list[tuple]) -> None:
+def _run_rank(
+    command: list[str], cwd: Path, variables: dict[str, str], logs: list[Path], faults: list[tuple]
+) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     os.environ.clear()
     os.environ.update(variables)
     for number, log in enumerate(logs, 1):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    os.chdir(ROOT)
+    os.chdir(cwd)
     reliability_faults.apply(faults)
     match command:
         case ["-c", code, *arguments]:
@@ -135,4 +138,4 @@ def _run_rank(command: list[str], variables: dict[str, str], logs: list[Path], f
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         case _:
             sys.argv = command
-            runpy.run_path(command[0], run_name="__main__")
+            runpy.run_path(str(ROOT / command[0]), run_name="__main__")

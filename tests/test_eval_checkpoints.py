@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from training_helpers import run
 
 from data.config import DataConfig, TokenizerConfig
 from data.prepare import prepare, prepare_folder
@@ -27,7 +25,6 @@ from training.model_folder import write_model_folder
 from training.weights import load_model
 
 ALONE = World(0, 1, torch.device("cpu"))
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = ["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.glu_size=48"]
 
 
@@ -311,28 +308,21 @@ def test_shards_of_another_tokenizer_are_refused(folder):
     assert score(f"checkpoint={run}", "data=prepared", "data.path=bytes") == 0
 
 
-def command(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, *launcher, str(ROOT / "eval.py"), *arguments]
-    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("window", "ranks"), [("disjoint", 2), ("disjoint", 4), ("streaming", 2)])
 def test_ranks_agree(folder, window, ranks):
     """Processes on uneven documents give the perplexity of one; a failing length hangs none of them."""
-    run = make_run(folder / "run")
+    run_folder = make_run(folder / "run")
     settings = [f"window={window}", "data.path=corpus.jsonl", "seq_lens=[32,100000]", "batch_tokens=96"]
     if window == "disjoint":
         with pytest.raises(SettingError, match="seq_lens=100000 is longer than the longest"):
             score("checkpoint=run", *settings)
     else:
         score("checkpoint=run", *settings)
-    (file,) = (run / "eval").glob("*.json")
+    (file,) = (run_folder / "eval").glob("*.json")
     alone = json.loads(file.read_text())["results"]
     file.unlink()
-    done = command("checkpoint=run", *settings, ranks=ranks)
+    done = run(["eval.py", "checkpoint=run", *settings], ranks, cwd=folder)
     assert (done.returncode == 0) == (window == "streaming"), done.stderr
     assert done.stdout.count("step 3") == len(alone)
     together = json.loads(file.read_text())["results"]
@@ -342,11 +332,11 @@ def test_ranks_agree(folder, window, ranks):
 
 @pytest.mark.slow
 def test_help_and_refusal_of_the_command(folder):
-    done = command("--help")
+    done = run(["eval.py", "--help"], cwd=folder)
     assert done.returncode == 0
     assert "BOS never" in done.stdout
     assert "batch_tokens: 16384" in done.stdout
-    done = command("checkpoint=none")
+    done = run(["eval.py", "checkpoint=none"], cwd=folder)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "error: checkpoint=none: no such folder. Give a run folder, a checkpoint or an export.\n"
@@ -360,9 +350,7 @@ def test_training_s_validation_eval_and_a_plain_loop_agree(folder):
     arguments = ["run_dir=run", "data=text", "data.path=corpus.jsonl", "data.valid_fraction=0.3"]
     arguments += ["tokenizer=bytes", "seq_len=64", "batch_tokens=128", "max_steps=3", "eval_every=3"]
     arguments += ["engine.precision=bf16", "optim.lr=0.02", "sample_every=0", *MODEL]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    words = [sys.executable, str(ROOT / "train.py"), *arguments]
-    subprocess.run(words, check=True, capture_output=True, env=environment, timeout=300)
+    assert run(["train.py", *arguments], cwd=folder).returncode == 0
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     valid_loss = lines[-1]["valid_loss"]
     assert score("checkpoint=run") == 0

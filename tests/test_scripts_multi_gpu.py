@@ -119,7 +119,7 @@ def test_the_report_says_how_the_kill_test_went(made_up):
 def test_a_killed_rank_on_two_cpu_ranks(tmp_path):
     """The command itself: two ranks, one killed, resumed on one and then on two."""
     arguments = ["num_gpus=2", "models=[tnl-tiny]", "engines=[zero1]", "seq_len=32", "batch_tokens=128"]
-    arguments += ["steps=9", "skip_steps=1", "kill_after=3", f"run_dir={tmp_path / 'out'}"]
+    arguments += ["steps=9", "skip_steps=1", "kill_after=3", "parts=[kill]", f"run_dir={tmp_path / 'out'}"]
     arguments += [
         'settings=["tokenizer=bytes","model.num_layers=2","model.hidden_size=32","model.num_heads=2"]'
     ]

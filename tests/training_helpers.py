@@ -86,12 +86,15 @@ def finish(processes: list[subprocess.Popen], timeout: float = 300) -> list[subp
     return results
 
 
-def run(command: list[str], num_ranks: int = 1, **variables: str) -> subprocess.CompletedProcess:
-    """Run `python COMMAND` to the end in forked ranks; the first rank's result."""
+def run(
+    command: list[str], num_ranks: int = 1, cwd: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess:
+    """Run `python COMMAND` to the end in forked ranks, none of which may hang; the first rank's result."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = launch(Path(folder), command, num_ranks, **variables)
-        code = ranks.wait(300)[0]
-        return subprocess.CompletedProcess(command, code, ranks.stdout(), ranks.stderr())
+        ranks = launch(Path(folder), command, num_ranks, cwd=cwd, **variables)
+        codes = ranks.wait(300)
+        assert None not in codes, ranks.stderr()
+        return subprocess.CompletedProcess(command, codes[0], ranks.stdout(), ranks.stderr())
 
 
 def lines(run_dir: Path, key: str = "loss") -> dict[int, dict]:

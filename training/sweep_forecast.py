@@ -43,7 +43,7 @@ def forecast(sweep: SweepDefinition, points: list[Point], gpu_name: str | None) 
     at_once = len(places(devices, sweep.num_gpus)) if devices else 1
     flops = ASSUMED_MFU * PEAK_FLOPS[gpu] if gpu else ASSUMED_CPU_FLOPS
     width = 2 + max(len(point.name) for point in points)
-    lines = [f"{'point':<{width}}{'micro-batch':>12}{'memory GiB':>16}{'tokens/s':>12}{'time':>12}"]
+    lines = [f"{'point':<{width}}{'micro-batch':>12}{'memory GiB':>16}{'tokens/s':>12}{'time':>16}"]
     total_seconds = 0.0
     for point in points:
         micro_batch, memory = _memory(point, sweep.num_gpus, gpu)
@@ -51,7 +51,7 @@ def forecast(sweep: SweepDefinition, points: list[Point], gpu_name: str | None) 
         seconds = START_SECONDS[gpu is not None] + sweep.steps * sweep.batch_tokens / speed
         total_seconds += seconds
         lines.append(
-            f"{point.name:<{width}}{micro_batch:>12}{memory:>16}{speed:>12,.0f}{duration(seconds):>12}"
+            f"{point.name:<{width}}{micro_batch:>12}{memory:>16}{speed:>12,.0f}{duration(seconds):>16}"
         )
     assumed = f"{ASSUMED_MFU:.0%} MFU on {gpu}" if gpu else f"{ASSUMED_CPU_FLOPS:.0e} FLOP/s on the CPU"
     lines.append(
