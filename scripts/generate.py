@@ -11,7 +11,6 @@ same text. device is auto (a GPU if there is one), cpu or cuda; precision is bf1
 training.
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from models.generation import SamplingConfig, generate
-from training.config import run_command
+from training.config import reader_may_leave, run_command
 from training.errors import SettingError
 from training.weights import TrainedModel, find_models, load_model
 
@@ -73,12 +72,11 @@ def main(config: GenerateConfig) -> int:
     device = torch.device("cuda" if use_gpu else "cpu")
     trained = load_model(found[0], device, config.precision)
     try:
-        print(config.prompt, end="", flush=True)
-        for text in continuation(trained, config, device):
-            print(text, end="", flush=True)
-        print()
-    except BrokenPipeError:  # the reader has seen enough; Python would complain again on leaving
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with reader_may_leave():
+            print(config.prompt, end="", flush=True)
+            for text in continuation(trained, config, device):
+                print(text, end="", flush=True)
+            print()
     except KeyboardInterrupt:
         print()
         return 130

@@ -158,6 +158,16 @@ def test_reader_that_leaves_early_ends_it_quietly(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_help_s_reader_may_leave_early():
+    with subprocess.Popen(
+        command("--help"), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.wait(timeout=100) == 0
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.slow
 def test_refusal_is_one_line(tmp_path):
     done = subprocess.run(
         command("checkpoint=none"), capture_output=True, env=ENVIRONMENT, cwd=tmp_path, text=True

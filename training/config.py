@@ -12,7 +12,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -545,13 +546,24 @@ def run_command(
     """
     arguments = command_line()
     if "--help" in arguments or "-h" in arguments:
-        print(help_text(description, schema, config_name))
+        with reader_may_leave():
+            print(help_text(description, schema, config_name))
         sys.exit(0)
     try:
         code = main(compose(schema, arguments, config_name))
     except USER_ERRORS as error:
         fail(error)
     sys.exit(code or 0)
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Around printing whose reader may have seen enough, as `head` has: that ends it without a word."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more on leaving
 
 
 def command_line() -> list[str]:
