@@ -26,7 +26,7 @@ from training.config import (
 )
 from training.errors import SettingError
 from training.memory import resolve_micro_batch
-from training.optimizer import ScheduleConfig, lr_factor
+from training.optimizer import ScheduleConfig, default_lr, lr_factor
 
 REFUSED = [
     ("modle=tnl-1b", "modle: unknown setting. Did you mean model?"),
@@ -38,7 +38,7 @@ REFUSED = [
     ("run_dir=null", "run_dir=null: must be a text."),
     ("run_dir=", "run_dir= is empty"),
     ("overwrite=perhaps", "overwrite=perhaps: must be true or false."),
-    ("optim.lr=fast", "optim.lr=fast: must be a number."),
+    ("optim.lr=fast", "optim.lr=fast: must be a number or null."),
     ("optim.lr=inf", "optim.lr=inf must be a finite number"),
     ("optim.grad_clip=nan", "optim.grad_clip=nan must be a finite number"),
     ("seed=99999999999999999999", "at most 64 bits"),
@@ -184,6 +184,16 @@ def test_sweep_points_cross_in_order():
 def test_the_launchers_local_rank_is_dropped(given, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *given, "seed=1"])
     assert command_line() == ["seed=1"]
+
+
+def test_default_learning_rates_fall_with_the_width():
+    assert default_lr("adamw", 512) == default_lr("adamw_8bit", 512) == 1e-3
+    assert default_lr("muon", 512) == 3e-3
+    widths = [128, 256, 1024, 2048, 4096, 12288]
+    for optimizer in ("adamw", "muon"):
+        rates = [default_lr(optimizer, width) for width in widths]
+        assert rates == sorted(rates, reverse=True)
+        assert rates[-1] < 1e-3 < 2 * rates[0]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import pytest
 from training_helpers import ROOT, assert_same_state, finish, lines, run, settings, start, write_text
 
 from training.checkpoint import list_checkpoints, newest_checkpoint
+from training.config import load_saved_config
+from training.optimizer import default_lr
 
 pytestmark = pytest.mark.slow
 
@@ -223,6 +225,16 @@ def test_resume_refuses_other_settings_by_name(text, reference):
     assert "optim.lr=0.5 (run: 0.003)" in result.stderr
     assert "seq_len=16 (run: 32)" in result.stderr
     assert len(result.stderr.strip().splitlines()) <= 2
+
+
+def test_an_open_learning_rate_is_that_of_the_run_or_of_the_width(text, tmp_path):
+    for given, expected in (("null", default_lr("adamw", 32)), ("0.5", 0.5)):
+        for lr, max_steps in ((given, 1), ("null", 2)):
+            more = [f"optim.lr={lr}", f"max_steps={max_steps}"]
+            result = run(["train.py", *settings(text, tmp_path / given, *more)])
+            assert result.returncode == 0, result.stderr
+        assert load_saved_config(tmp_path / given / "config.yaml")["optim"]["lr"] == expected
+        assert sorted(lines(tmp_path / given)) == [1, 2]
 
 
 def test_resume_refuses_changed_data(text, reference, tmp_path):

@@ -469,6 +469,7 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], where: Path) -> 
     """
     new, old = flatten(config), flatten(saved)
     adopted = {"schedule.total_steps": None, "micro_batch_size": "auto", "model.vocab_size": None}
+    adopted["optim.lr"] = None
     changeable = CHANGEABLE_ON_RESUME + (("data.", "tokenizer.") if config.allow_changed_data else ())
     differing = [
         f"{key[:80]}={new.get(key)!r} (run: {repr(old.get(key))[:80]})"

@@ -36,7 +36,7 @@ from training.errors import EXIT_PREEMPTED
 from training.evaluation import documents_of, evaluate
 from training.interrupt import Interrupt, StopRequested
 from training.metrics import Console, MetricsFile, WandbRun, last_step, peak_flops, peak_memory_gib
-from training.optimizer import lr_factor, ramped
+from training.optimizer import learning_rate, ramped
 from training.report import write_report
 from training.run_folder import RunFolder
 from training.setup import Run, find_checkpoint, set_up
@@ -262,7 +262,7 @@ class Trainer:
         state, config = self.state, self.config
         torch.manual_seed(((config.seed * 1_000_003 + state.step) * 65_537 + self.world.rank) % 2**63)
         start = time.perf_counter()
-        lr = config.optim.lr * lr_factor(config.schedule, state.step)
+        lr = learning_rate(config.optim, config.schedule, state.step)
         measure_layers = config.layer_stats_every > 0 and (state.step + 1) % config.layer_stats_every == 0
         with self._first_compilation():
             result = self.engine.train_step(batches, num_targets, lr, measure_layers)
@@ -345,7 +345,7 @@ class Trainer:
             "tokens": state.tokens,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
-            "lr": config.optim.lr * lr_factor(config.schedule, state.step - 1),
+            "lr": learning_rate(config.optim, config.schedule, state.step - 1),
             "tokens_per_second": speed,
             "mfu": flops_per_second / self.peak_flops if self.peak_flops else None,
             "peak_memory_gib": max(self.world.gather(peak_memory_gib(self.world.device))),

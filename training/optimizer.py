@@ -21,7 +21,7 @@ class OptimConfig:
     """AdamW (Loshchilov & Hutter 2019), or Muon for the matrices of the blocks; one learning rate for all."""
 
     name: str = "adamw"  # adamw_8bit: moments in a quarter of the memory; muon: without offloading
-    lr: float = 1e-3  # peak
+    lr: float | None = None  # peak; null: default_lr
     beta1: float = 0.9
     beta2: float = 0.95
     momentum: float = 0.95  # Muon's
@@ -33,14 +33,27 @@ class OptimConfig:
         if self.name not in ("adamw", "adamw_8bit", "muon"):
             raise SettingError(f"optim.name={self.name!r} is unknown. Allowed: adamw, adamw_8bit, muon.")
         for key in ("lr", "eps"):
-            if not getattr(self, key) > 0:
-                raise SettingError(f"optim.{key}={getattr(self, key)} must be above 0.")
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise SettingError(f"optim.{key}={value} must be above 0.")
         for key in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise SettingError(f"optim.{key}={getattr(self, key)} must be at least 0 and below 1.")
         for key in ("weight_decay", "grad_clip"):
             if getattr(self, key) < 0:
                 raise SettingError(f"optim.{key}={getattr(self, key)} must not be negative.")
+
+
+# Peak learning rate at a hidden size of 512, and the power of the width by which it falls. Muon's updates
+# have the same root mean square at every width, so that their spectral norm grows with its root.
+BASE_WIDTH = 512
+DEFAULT_LR = {"adamw": (1e-3, 2 / 3), "adamw_8bit": (1e-3, 2 / 3), "muon": (3e-3, 1 / 2)}
+
+
+def default_lr(optimizer: str, hidden_size: int) -> float:
+    """The peak learning rate where none is set, to two digits."""
+    base, power = DEFAULT_LR[optimizer]
+    return float(f"{base * (BASE_WIDTH / hidden_size) ** power:.1e}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,6 +105,12 @@ def lr_factor(config: ScheduleConfig, step: int) -> float:
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
 
 
+def learning_rate(optim: OptimConfig, schedule: ScheduleConfig, step: int) -> float:
+    """The learning rate at `step` (from 0). `optim.lr` and `schedule.total_steps` must be set."""
+    assert optim.lr is not None
+    return optim.lr * lr_factor(schedule, step)
+
+
 def ramped(config: ScheduleConfig, first: int | None, last: int, step: int) -> int:
     """The value at `step` of what grows from `first` to `last`, a power of two times as much, by doubling.
 
@@ -124,13 +143,14 @@ def build_optimizer(
     """The optimizer over the model's parameters; the loop sets the learning rate before every step.
 
     Args:
+        config: without a learning rate, the optimizer's is 0 until it is set.
         dtype: of Muon's matrix products.
     """
     groups = parameter_groups(model, config)
-    betas = (config.beta1, config.beta2)
+    lr, betas = config.lr or 0.0, (config.beta1, config.beta2)
     if config.name == "muon":
         momentum = config.momentum
-        return MuonAdamW(groups, lr=config.lr, momentum=momentum, betas=betas, eps=config.eps, dtype=dtype)
+        return MuonAdamW(groups, lr=lr, momentum=momentum, betas=betas, eps=config.eps, dtype=dtype)
     if config.name == "adamw_8bit":
-        return AdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+        return AdamW8bit(groups, lr=lr, betas=betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, fused=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 import uuid
@@ -27,6 +28,7 @@ from training.engine import Engine
 from training.errors import SettingError
 from training.memory import resolve_micro_batch
 from training.metrics import last_step
+from training.optimizer import default_lr
 from training.run_folder import RunFolder
 from training.state import RunState, saved_state
 from training.weights import check_weights, load_initial_weights
@@ -117,22 +119,26 @@ def find_checkpoint(resume: str, folder: RunFolder, world: World, log: Log) -> C
 
 
 def _settle(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | None, log: Log) -> TrainConfig:
-    """Fill in what the settings leave open, from the run that is resumed or from the data.
+    """Fill in what the settings leave open, from the run that is resumed, the data, or the model's width.
 
     Raises:
         SettingError: a setting, the data or the tokenizer differs from the resumed run's.
     """
     total_steps = config.schedule.total_steps
     vocab_size = config.model.vocab_size
+    lr = config.optim.lr
     if checkpoint is not None:
         saved = load_saved_config(checkpoint.folder / "config.yaml")
         check_resumable(config, saved, checkpoint.folder)
         _check_data(config, data, checkpoint, log)
         total_steps = total_steps or saved["schedule"]["total_steps"]
         vocab_size = vocab_size or saved["model"]["vocab_size"]
-        if type(total_steps) is not int or type(vocab_size) is not int:
+        lr = lr or saved["optim"]["lr"]
+        is_rate = type(lr) is float and math.isfinite(lr)
+        if type(total_steps) is not int or type(vocab_size) is not int or not is_rate:
             raise CheckpointError(
-                f"{checkpoint.folder / 'config.yaml'}: total_steps is {str(total_steps)[:40]}."
+                f"{checkpoint.folder / 'config.yaml'}: total_steps is {str(total_steps)[:40]}, "
+                f"vocab_size {str(vocab_size)[:40]}, lr {str(lr)[:40]}."
             )
     vocab_size = vocab_size or data.tokenizer.vocab_size
     if vocab_size < data.tokenizer.vocab_size:
@@ -143,6 +149,7 @@ def _settle(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | No
         config,
         schedule=replace(config.schedule, total_steps=total_steps or config.max_steps),
         model=replace(config.model, vocab_size=vocab_size),
+        optim=replace(config.optim, lr=lr or default_lr(config.optim.name, config.model.hidden_size)),
     )
 
 
