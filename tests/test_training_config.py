@@ -38,7 +38,7 @@ REFUSED = [
     ("run_dir=null", "run_dir=null: must be a text."),
     ("run_dir=", "run_dir= is empty"),
     ("overwrite=perhaps", "overwrite=perhaps: must be true or false."),
-    ("optim.lr=fast", "optim.lr=fast: must be a number or null."),
+    ("optim.lr=fast", "optim.lr=fast: must be a number, or null."),
     ("optim.lr=inf", "optim.lr=inf must be a finite number"),
     ("optim.grad_clip=nan", "optim.grad_clip=nan must be a finite number"),
     ("seed=99999999999999999999", "at most 64 bits"),
