@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from data.config import DataConfig
 from data.errors import DataError
+from data.tokenizer import split_segments
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
 TEXT_FORMATS = (".txt", ".jsonl", ".parquet")
@@ -30,6 +31,7 @@ MAX_EXPANSION = 32  # a compressed .txt of more than MAX_LINE_BYTES is at most s
 STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "__pycache__"})
 STDLIB_TESTS = frozenset({"test", "tests", "idle_test"})
 PEEKED_DOCUMENTS = 1_000
+SAMPLED_PIECES = 16  # a document is cut so that at least so many make up a sample
 
 
 class Document(NamedTuple):
@@ -63,7 +65,8 @@ def open_source(config: DataConfig) -> Source:
         source = _open_hub(config, config.hub_split)
     if config.max_documents is None:
         return source
-    return dataclasses.replace(source, read=lambda: itertools.islice(source.read(), config.max_documents))
+    first = lambda: itertools.islice(source.read(), config.max_documents)  # noqa: E731
+    return dataclasses.replace(source, read=first, text_bytes=None)
 
 
 def open_valid_source(config: DataConfig) -> Source | None:
@@ -351,22 +354,29 @@ def unit_hash(text: str, purpose: str) -> float:
 
 
 def sample_documents(source: Source, config: DataConfig, budget_bytes: int) -> Iterator[str]:
-    """Training documents for a tokenizer, about `budget_bytes` of text.
+    """Training text for a tokenizer, about `budget_bytes` of it.
 
     Each document is drawn by its hash with the chance budget / size of the source's files, until the budget
-    is full. A source of unknown size (hub) gives its first documents. The last one is cut to the budget.
+    is full; one longer than a part of the budget is cut, and its pieces are drawn. A source of unknown size
+    (hub, the first documents of one) gives what comes first. The last piece is cut to the budget.
     """
     valid_fraction = 0.0 if config.valid_path else config.valid_fraction
     share = 1.0 if source.text_bytes is None else budget_bytes / max(source.text_bytes, 1)
-    left_bytes = budget_bytes
+    left_bytes, passed_over = budget_bytes, ""
     for split, document in split_documents(source.read(), valid_fraction):
-        if split != "train" or unit_hash(document.text, "sample") >= share:
+        if split != "train":
             continue
-        text = document.text[:left_bytes]
-        left_bytes -= len(text.encode("utf-8"))
-        yield text
-        if left_bytes <= 0:
-            return
+        for piece in split_segments(document.text, max(budget_bytes // SAMPLED_PIECES, 1)):
+            if unit_hash(piece, "sample") >= share:
+                passed_over = passed_over or piece
+                continue
+            text = piece[:left_bytes]
+            left_bytes -= len(text.encode("utf-8"))
+            yield text
+            if left_bytes <= 0:
+                return
+    if left_bytes == budget_bytes and passed_over:  # chance has drawn nothing
+        yield passed_over[:budget_bytes]
 
 
 def _fingerprint(value: object) -> str:

@@ -300,11 +300,11 @@ class _HuggingFaceDecoder:
         return self._tokenizer.decode(self._ids, skip_special_tokens=True)[self._num_characters :]
 
 
-def split_segments(text: str) -> Iterator[str]:
-    """Cut a text into parts of at most SEGMENT_CHARACTERS, after a newline where there is one."""
+def split_segments(text: str, size: int = SEGMENT_CHARACTERS) -> Iterator[str]:
+    """Cut a text into parts of at most `size` characters, after a newline where there is one."""
     start = 0
-    while len(text) - start > SEGMENT_CHARACTERS:
-        stop = text.rfind("\n", start, start + SEGMENT_CHARACTERS) + 1 or start + SEGMENT_CHARACTERS
+    while len(text) - start > size:
+        stop = text.rfind("\n", start, start + size) + 1 or start + size
         yield text[start:stop]
         start = stop
     yield text[start:]

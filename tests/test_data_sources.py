@@ -231,6 +231,35 @@ def test_sample_takes_training_documents_up_to_its_budget(tmp_path):
     assert last > 1000  # drawn from the whole source, not its head
 
 
+@pytest.mark.parametrize("num_documents", [1, 3])
+def test_sample_of_few_large_documents_is_drawn_from_all_of_them(tmp_path, num_documents):
+    lines = [f"{index} of many lines\n" for index in range(30_000)]
+    length = len(lines) // num_documents
+    for index in range(num_documents):
+        part = lines[index * length : (index + 1) * length]
+        (tmp_path / f"{index}.txt").write_text("".join(part))
+    config = DataConfig(source="text", path=str(tmp_path), valid_fraction=0.1)
+    sampled = "".join(sample_documents(open_source(config), config, 100_000)).splitlines()
+    assert 20_000 < sum(len(line) + 1 for line in sampled) <= 100_000
+    places = [int(line.split()[0]) for line in sampled if line.endswith("lines")]
+    assert max(places) - min(places) > 10_000
+
+
+def test_sample_is_never_empty(tmp_path):
+    (tmp_path / "a.txt").write_text("abc\n" * 1000)
+    config = DataConfig(source="text", path=str(tmp_path), valid_fraction=0.5)
+    for budget in range(1, 30):
+        (first, *_) = sample_documents(open_source(config), config, budget)
+        assert 0 < len(first) <= budget
+
+
+def test_first_documents_are_sampled_as_a_source_of_their_own(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl([document.text for document in documents_of(4000)]))
+    config = DataConfig(source="text", path=str(tmp_path), valid_path="-", max_documents=20)
+    sample = list(sample_documents(open_source(config), config, 20_000))
+    assert sample == [document.text for document in documents_of(4000)[:20]]
+
+
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
