@@ -11,6 +11,7 @@ The same command again resumes it.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -39,11 +40,23 @@ def multirun(arguments: list[str]) -> int:
         label = "_".join(setting.replace("=", "-") for setting in point if setting.split("=", 1)[0] in names)
         run_dir = os.path.join(config.run_dir, label.replace("/", "-") or str(index))
         others = [setting for setting in point if not setting.startswith("run_dir=")]
-        code = subprocess.run([sys.executable, sys.argv[0], *others, f"run_dir={run_dir}"]).returncode
+        code = run_point([sys.executable, sys.argv[0], *others, f"run_dir={run_dir}"])
         first_failure = first_failure or code
         if code == 75:
             break
     return first_failure
+
+
+def run_point(command: list[str]) -> int:
+    """Run it to its end; Ctrl-C, which a terminal sends to both, and SIGTERM are for it to save and leave."""
+    with subprocess.Popen(command) as process:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            return process.wait()
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def pytest_terminal_summary(terminalreporter):
         report
         for outcome in ("passed", "failed", "error")
         for report in terminalreporter.stats.get(outcome, [])
-        if "torture" in report.keywords and (report.when == "call" or report.failed)
+        if "torture" in getattr(report, "keywords", ()) and (report.when == "call" or report.failed)
     ]
     promises = {}
     for report in reports:

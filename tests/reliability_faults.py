@@ -66,7 +66,7 @@ def impatient() -> None:
 
 
 PHASES: dict[str, tuple[Any, str]] = {
-    "data wait": (loop.TrainLoader, "batch"),
+    "data wait": (setup.TrainLoader, "batch"),
     "forward": (Engine, "_loss"),
     "backward": (torch.Tensor, "backward"),
     "step": (Engine, "_update"),

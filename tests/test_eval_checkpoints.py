@@ -298,6 +298,25 @@ def test_refusals(folder, arguments, message):
     assert str(caught.value).count("\n") == 0
 
 
+def test_a_limit_in_tokens_sets_the_length_by_what_is_scored(folder):
+    run = make_run(folder / "run")
+    texts = ["x" * 10, "y" * 10, "z" * 1000]
+    Path("uneven.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert score("checkpoint=run", "data.path=uneven.jsonl", "max_tokens=20") == 0
+    (result,) = results_of(run, "step_00000003-uneven.json")["results"]
+    assert result["seq_len"] == 11
+
+
+def test_results_without_results_are_written_anew(folder):
+    run = make_run(folder / "run")
+    assert score("checkpoint=run", "data.path=corpus.jsonl") == 0
+    (file,) = (run / "eval").glob("*.json")
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"results": 3}))
+    assert score("checkpoint=run", "data.path=corpus.jsonl") == 0
+    assert json.loads(file.read_text()) == content
+
+
 def test_shards_of_another_tokenizer_are_refused(folder):
     run = make_run(folder / "run")
     data = DataConfig(source="text", path="corpus.jsonl", valid_fraction=0.5)

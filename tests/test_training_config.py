@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -213,6 +214,14 @@ def test_default_learning_rates_fall_with_the_width():
 def test_schedules(name, step, factor):
     config = ScheduleConfig(name=name, warmup_steps=50, total_steps=100, min_lr_ratio=0.1)
     assert lr_factor(config, step) == pytest.approx(factor, abs=1e-6)
+
+
+def test_a_decay_over_all_steps_begins_after_the_warm_up():
+    config = ScheduleConfig(name="wsd", warmup_steps=50, total_steps=100, decay_fraction=1.0)
+    rates = [lr_factor(config, step) for step in range(9, 100)]
+    assert rates[0] == rates[1] == 1.0
+    steps = [before - after for before, after in pairwise(rates[1:])]
+    assert max(steps) == pytest.approx(min(steps))
 
 
 @pytest.mark.parametrize(("has_units", "precision"), [(True, "bf16"), (False, "fp32")])

@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from forked_ranks import environment
 from training_helpers import ROOT, assert_same_state, finish, lines, run, settings, start, write_text
 
 from training.checkpoint import list_checkpoints, newest_checkpoint
@@ -259,6 +263,50 @@ def test_multirun_gives_each_point_a_folder(text, tmp_path):
     assert result.returncode == 0, result.stderr
     for point in ("optim.beta2-0.9", "optim.beta2-0.99"):
         assert list(lines(tmp_path / "runs" / point)) == [1]
+
+
+def test_ctrl_c_on_a_multirun_lets_the_point_save(text, tmp_path):
+    arguments = settings(text, tmp_path / "runs", "max_steps=100000", "seed=1,2")
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "-m", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for_step(tmp_path / "runs" / "seed-1", 2)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, stderr
+    assert "run the same command to go on" in stderr
+    assert "Traceback" not in stderr
+    assert newest_checkpoint(tmp_path / "runs" / "seed-1" / "checkpoints").step >= 2
+    assert not (tmp_path / "runs" / "seed-2").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["seq_len=65536", "batch_tokens=65536"], "seq_len=65536"),
+        (
+            ["engine.fp8=true", "engine.precision=bf16", "model.hidden_size=128", "model.glu_size=200"],
+            "of 16",
+        ),
+        (["sample_prompt=" + 40_000 * "x"], "sample_prompt is too long"),
+    ],
+)
+def test_a_refused_start_leaves_no_run(text, tmp_path, changes, message):
+    arguments = settings(text, tmp_path / "run", "max_steps=1", "resume=never")
+    refused = run(["train.py", *arguments, *changes])
+    last = refused.stderr.strip().splitlines()[-1]
+    assert (refused.returncode, last[:7]) == (2, "error: "), refused.stderr
+    assert message in last
+    done = run(["train.py", *arguments])
+    assert done.returncode == 0, done.stderr
 
 
 def test_metrics_hold_the_promised_fields(reference):

@@ -420,8 +420,19 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Write the settings as YAML of plain values, atomically."""
-    write_atomically(path, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+    """Write the settings as YAML of plain values, atomically.
+
+    Raises:
+        SettingError: they are longer than what is read back.
+    """
+    text = yaml.safe_dump(to_dict(config), sort_keys=False).encode()
+    if len(text) > CONFIG_LIMIT_BYTES:
+        longest = max(flatten(to_dict(config)).items(), key=lambda item: len(str(item[1])))[0]
+        raise SettingError(
+            f"{longest} is too long: the settings take {len(text):,} bytes in config.yaml, and "
+            f"{CONFIG_LIMIT_BYTES:,} are allowed."
+        )
+    write_atomically(path, text)
 
 
 class _PlainLoader(yaml.SafeLoader):

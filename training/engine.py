@@ -18,6 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from models.transnormer import Block, TransNormer
 from training.adamw_8bit import AdamW8bit
 from training.config import TrainConfig
 from training.distributed import World
+from training.errors import SettingError
 from training.muon import MatrixPart, MuonAdamW, create_state, matrix_parts
 from training.optimizer import build_optimizer
 from training.sequence_chunks import Chunk, backward_in_chunks, cut
@@ -103,7 +105,7 @@ class Engine:
         model.compute_dtype = torch.bfloat16 if bf16 else torch.float32
         model.to(world.device)
         if config.engine.fp8:
-            use_fp8(model, world.device)
+            world.on_all(partial(_use_fp8, model, world.device))  # ranks may have different GPUs
         initial = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
         if bf16 and self.stage > 0:
             for p in model.parameters():
@@ -375,6 +377,13 @@ class Engine:
     def close(self) -> None:
         """Free DeepSpeed's hooks and buffers."""
         self.deepspeed.destroy()
+
+
+def _use_fp8(model: TransNormer, device: torch.device) -> None:
+    try:
+        use_fp8(model, device)
+    except ValueError as error:
+        raise SettingError(str(error)) from None
 
 
 def compile_for_any_documents(forward: Callable) -> Callable:

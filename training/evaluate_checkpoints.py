@@ -274,9 +274,12 @@ def _known_results(candidate: Candidate, evaluation: dict[str, Any]) -> tuple[Pa
 def _read(file: Path) -> dict[str, Any]:
     """An earlier file of results; empty if there is none, or a damaged one, which is then written anew."""
     try:
-        return read_json_object(file, RESULTS_LIMIT_BYTES) if file.exists() else {}
+        content = read_json_object(file, RESULTS_LIMIT_BYTES) if file.exists() else {}
     except DataError:
         return {}
+    results = content.get("results")
+    is_whole = isinstance(results, list) and all(isinstance(result, dict) for result in results)
+    return content if is_whole else {}
 
 
 def _write(file: Path, content: Any, world: World) -> None:

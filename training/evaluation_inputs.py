@@ -88,10 +88,11 @@ class Text:
 
     @property
     def longest(self) -> int:
-        """Scored tokens of the longest document."""
+        """Scored tokens of the longest document that is scored."""
+        if self.max_tokens:
+            return max(len(document.ids) - 1 for document in self.documents)
         ends = self.prepared.valid.ends.tolist()
-        longest = max(end - start - 1 for start, end in zip([0, *ends], ends, strict=False))
-        return min(longest, self.max_tokens or longest)
+        return max(end - start - 1 for start, end in zip([0, *ends], ends, strict=False))
 
     @cached_property
     def documents(self) -> list[EvalDocument]:

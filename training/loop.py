@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from data.errors import DataError
-from data.loader import Prefetcher, TrainLoader, prefetch, shorten
+from data.files import explain_write_errors
+from data.loader import Prefetcher, prefetch, shorten
 from kernels.lightning_attention import default_backend
 from models.generation import SamplingConfig, generate
 from models.llama import softmax_backend
@@ -105,17 +106,10 @@ class Trainer:
 
     def __init__(self, run: Run, interrupt: Interrupt, watchdog: Watchdog) -> None:
         self.config, self.folder, self.world, self.data = run.config, run.folder, run.world, run.data
-        self.engine, self.state, self.setup_seconds = run.engine, run.state, run.seconds
+        self.loader, self.engine, self.state = run.loader, run.engine, run.state
+        self.setup_seconds = run.seconds
         self.interrupt, self.watchdog = interrupt, watchdog
         config, data = run.config, run.data
-        self.loader = TrainLoader(
-            data.train,
-            config.seq_len,
-            config.sequences_per_step,
-            config.seed,
-            config.data.isolate_documents,
-            config.sequences_of_ramp,
-        )
         self.valid_documents = documents_of(data.valid, data.tokenizer, config.eval_tokens)
         peak = peak_flops(self.world.device)
         self.peak_flops = peak * self.world.size if peak else None
@@ -134,20 +128,23 @@ class Trainer:
     def _open_files(self) -> tuple[int, int]:
         """Open the first rank's files without what a lost part of the run wrote; the steps they end at."""
         step, folder = self.state.step, self.folder
+        if self.config.wandb.enabled:
+            self.wandb = WandbRun(self.config, self.state.run_id)
+        with explain_write_errors(folder.path):
+            save_config(self.config, folder.config)  # whatever may refuse the start has done so
         self.console = Console(folder.log, self.config.max_steps, step)
         self.metrics = MetricsFile(folder.metrics, step)
         if self.config.sample_every or folder.samples.exists():
             self.samples = MetricsFile(folder.samples, step)
-        if self.config.wandb.enabled:
-            self.wandb = WandbRun(self.config, self.state.run_id)
         return last_step(folder.metrics, "valid_loss"), last_step(folder.samples, "text")
 
     def run(self) -> int:
         """Train; returns the exit code."""
         try:
-            return self._run()
-        except Stopped:
-            return self._preempt()
+            try:
+                return self._run()
+            except Stopped:
+                return self._preempt()
         except NonFiniteError as error:
             return self._give_up(str(error))
 
@@ -414,7 +411,8 @@ class Trainer:
             sampled.append(token_id)
             self.watchdog.progress(self.state.step, "sampling")
             self._agree()
-        text = tokenizer.decode(sampled)
+        decoder = tokenizer.decoder()  # of a continuation: its first space stays
+        text = "".join([*map(decoder.push, sampled), decoder.flush()])
         self.sampled_step = self.state.step
         with self._told_later():
             if self.samples:

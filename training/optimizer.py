@@ -63,7 +63,7 @@ class ScheduleConfig:
     name: str = "cosine"
     warmup_steps: int = 1000  # capped at a tenth of total_steps
     total_steps: int | None = None  # length of the shape; null takes max_steps of the first start
-    min_lr_ratio: float = 0.1  # the last learning rate, as a share of the peak
+    min_lr_ratio: float = 0.1  # share of the peak that is reached when all steps are taken
     decay_fraction: float = 0.2  # wsd: share of the steps that decays
     ramp_steps: int = 0  # steps in which the lengths below double, stage by stage, to those of the run
     ramp_seq_len: int | None = None  # first length to which sequences are cut; null: seq_len throughout
@@ -96,7 +96,9 @@ def lr_factor(config: ScheduleConfig, step: int) -> float:
         return (step + 1) / warmup
     if config.name == "constant":
         return 1.0
-    decay_steps = total - warmup if config.name == "cosine" else round(config.decay_fraction * total)
+    decay_steps = total - warmup
+    if config.name == "wsd":
+        decay_steps = min(decay_steps, round(config.decay_fraction * total))
     progress = min(max(step - (total - decay_steps), 0) / max(decay_steps, 1), 1.0)
     if config.name == "cosine":
         shape = 0.5 * (1 + math.cos(math.pi * progress))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from data.files import explain_write_errors
+from data.loader import TrainLoader
 from data.prepare import PreparedData, prepare
 from models.transnormer import TransNormer
 from training.checkpoint import (
@@ -22,7 +22,7 @@ from training.checkpoint import (
     newest_of,
     open_checkpoint,
 )
-from training.config import TrainConfig, check_resumable, load_saved_config, save_config
+from training.config import TrainConfig, check_resumable, load_saved_config
 from training.distributed import World
 from training.engine import Engine
 from training.errors import SettingError
@@ -44,6 +44,7 @@ class Run:
     folder: RunFolder
     world: World
     data: PreparedData
+    loader: TrainLoader
     state: RunState
     engine: Engine
     resumed: bool
@@ -64,6 +65,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Ru
     times.append(time.perf_counter())
     checkpoint = find_checkpoint(config.resume, folder, world, log)
     config = world.on_all(partial(_settle, config, data, checkpoint, log))
+    loader = world.on_all(partial(_make_loader, config, data))
     state = _initial_state(config, checkpoint, world)
     if state.step >= config.max_steps and world.on_first(lambda: _is_evaluated(folder, data, state.step)):
         log(f"{folder.path}: finished at step {state.step}; raise max_steps to train on.")
@@ -80,11 +82,10 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Ru
     )
     if checkpoint is not None:
         engine.load(checkpoint.read, state.num_updates)
-    world.on_first(lambda: _save_config(config, folder))
     times.append(time.perf_counter())
     parts = zip(("data", "model", "engine"), times[:-1], times[1:], strict=True)
     seconds = {name: end - begin for name, begin, end in parts}
-    return Run(config, folder, world, data, state, engine, checkpoint is not None, seconds)
+    return Run(config, folder, world, data, loader, state, engine, checkpoint is not None, seconds)
 
 
 def _check_backend(config: TrainConfig, world: World) -> None:
@@ -166,6 +167,17 @@ def _check_data(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint,
         log(f"the {key} has changed since this run was started; going on, as allow_changed_data=true says")
 
 
+def _make_loader(config: TrainConfig, data: PreparedData) -> TrainLoader:
+    return TrainLoader(
+        data.train,
+        config.seq_len,
+        config.sequences_per_step,
+        config.seed,
+        config.data.isolate_documents,
+        config.sequences_of_ramp,
+    )
+
+
 def _make_model(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | None) -> TransNormer:
     """The model with its first weights; those of a checkpoint that fits are loaded by the engine."""
     model = TransNormer(config.model, config.seed)
@@ -208,8 +220,3 @@ def _check_space(config: TrainConfig, folder: RunFolder, state: RunState) -> Non
             f"{needed / 2**30:.2f} GiB more ({max(most - kept, 1)} of {size / 2**30:.2f} GiB). "
             "Free some space, lower keep_checkpoints, or choose another run_dir."
         )
-
-
-def _save_config(config: TrainConfig, folder: RunFolder) -> None:
-    with explain_write_errors(folder.path):
-        save_config(config, folder.config)
