@@ -385,7 +385,10 @@ def _lengths(quick: bool, cuda: bool) -> list[int]:
 
 
 def time_extras(config, providers, wrong, device, clock, bandwidth) -> Iterator[list[Row]]:
-    """Other head dims and heads, a million tokens, packed documents, and one token, of general providers."""
+    """Other head dims and heads, a million tokens, packed documents, and one token, of general providers.
+
+    What is wrong there is added to `wrong`.
+    """
     dtype = config.dtype or "bf16"
 
     def right(shape: Shape) -> list[Provider]:
@@ -393,9 +396,13 @@ def time_extras(config, providers, wrong, device, clock, bandwidth) -> Iterator[
 
     for name in config.extras:
         if name == "one_token":
-            rows = time_one_token(config, dtype, device, clock, bandwidth)
+            rows = time_one_token(config, wrong, dtype, device, clock, bandwidth)
         elif name == "packed":
-            timed = [p for p in right(PACKED_SHAPE) if _right_when_packed(p, dtype, device)]
+            timed = [
+                p
+                for p in right(PACKED_SHAPE)
+                if _is_right(p.name, name, wrong, dtype, partial(_packed_error, p, dtype, device))
+            ]
             # all ways to cut in turns, since their ratio is what is asked
             documents = packed_providers(timed, device, packed_cases(config.seed))
             rows = time_case(config, documents, name, PACKED_SHAPE, dtype, device, clock, bandwidth)
@@ -406,8 +413,24 @@ def time_extras(config, providers, wrong, device, clock, bandwidth) -> Iterator[
         yield rows
 
 
-def _right_when_packed(provider: Provider, dtype: str, device: str) -> bool:
-    """Whether a provider keeps documents apart, against float64 on a few short ones; says so if not."""
+def _is_right(name: str, case: str, wrong: set, dtype: str, error_of: Callable[[], float]) -> bool:
+    """Whether the error of a provider is one of rounding; if not, says so and adds the case to `wrong`."""
+    try:
+        error = error_of()
+        if error <= WRONG[dtype]:
+            return True
+        reason = f"wrong by {error:.1e}"
+    except Exception as problem:
+        if name == "ours":
+            raise
+        reason = f"{type(problem).__name__}: {str(problem).splitlines()[0][:80]}"
+    print(f"not timed: {name}, {case}: {reason}", flush=True)
+    wrong.add((name, case))
+    return False
+
+
+def _packed_error(provider: Provider, dtype: str, device: str) -> float:
+    """Against float64 on a few short documents."""
     heads = PACKED_SHAPE[2]
     tensors = make_tensors((1, 700, *PACKED_SHAPE[2:]), DTYPES[dtype], device)[:3]
     slopes, bounds = make_slopes(heads, device), [0, 3, 300, 700]
@@ -415,10 +438,7 @@ def _right_when_packed(provider: Provider, dtype: str, device: str) -> bool:
     cu_seqlens = torch.tensor(bounds, device=device, dtype=torch.int32)
     q, k, v = (x.double() for x in tensors)
     truth = lightning_attention(q, k, v, slopes, cu_seqlens=cu_seqlens, backend="torch")[0]
-    error = _error(packed.run(*tensors, slopes), truth)
-    if error > WRONG[dtype]:
-        print(f"not timed: {provider.name}, packed documents: wrong by {error:.1e}", flush=True)
-    return error <= WRONG[dtype]
+    return _error(packed.run(*tensors, slopes), truth)
 
 
 def packed_providers(providers: list[Provider], device: str, cases: dict[str, list[int]]) -> list[Provider]:
@@ -508,7 +528,7 @@ def _kernels_of(call: Callable[[], object], repeats: int = 50) -> tuple[list[flo
     return times, [event.name.split("<")[0][:40] for event in kernels[:per_call]]
 
 
-def time_one_token(config, dtype, device, clock, bandwidth) -> list[Row]:
+def time_one_token(config, wrong, dtype, device, clock, bandwidth) -> list[Row]:
     """One token, ours and FLA's; the floor is the time to read and write the state."""
     calls: dict[str, Callable] = {"ours": lightning_attention_step}
     if fla := _import("fla.ops.simple_gla", "fused_recurrent_simple_gla"):
@@ -524,10 +544,8 @@ def time_one_token(config, dtype, device, clock, bandwidth) -> list[Row]:
         assert after is not None
         graphs: dict[str, Callable] = {}
         for name, call in calls.items():
-            error = max(map(_error, call(*inputs), (o[:, 0], after)))
-            if error > WRONG[dtype]:
-                print(f"not timed: {name}, one token, B = {B}: wrong by {error:.1e}", flush=True)
-            else:
+            error_of = partial(_step_error, call, inputs, (o[:, 0], after))
+            if _is_right(name, f"one token, B = {B}", wrong, dtype, error_of):
                 graphs[name] = _captured(partial(call, *inputs), device)
         rows += [
             Row(
@@ -538,6 +556,10 @@ def time_one_token(config, dtype, device, clock, bandwidth) -> list[Row]:
             for name, ms in time_interleaved(graphs, clock, config.rounds).items()
         ]  # fmt: skip
     return rows
+
+
+def _step_error(call: Callable, inputs: tuple, truth: tuple[Tensor, Tensor]) -> float:
+    return max(map(_error, call(*inputs), truth))
 
 
 @torch.no_grad()
@@ -641,6 +663,8 @@ def main(config: BenchmarkConfig) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.quick:
         config.rounds = min(config.rounds, 5)
+    if device == "cpu" and config.only in ("extras", "passes"):
+        raise SettingError(f"only={config.only} needs a GPU, and there is none: use only=lengths.")
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     providers = installed_providers(device)
     if config.providers:
@@ -664,7 +688,9 @@ def main(config: BenchmarkConfig) -> int:
             write_results(config, name, bandwidth, checks, rows)  # already now: the rest takes minutes
     if config.only in ("all", "passes") and device == "cuda" and ours:
         print_passes(config, device, ours)
-    print(f"\n{name}, copy {bandwidth / 1e9:.2f} TB/s; not timed because wrong or failing: {sorted(wrong)}")
+    print(
+        f"\n{name}, copy {bandwidth / 1e9:.2f} TB/s; not timed because wrong or failing: {sorted(wrong, key=str)}"
+    )
     print(f"results in {config.output}\n\n{markdown(rows)}" if rows else f"results in {config.output}")
     return 1 if any(name == "ours" for name, *_ in wrong) else 0
 

@@ -15,6 +15,12 @@ def ignores_documents(q, k, v, slopes, cu_seqlens=None):
     return lightning_attention(q, k, v, slopes)[0]
 
 
+def fails_on_documents(q, k, v, slopes, cu_seqlens=None):
+    if cu_seqlens is not None:
+        raise TypeError("no cu_seqlens here")
+    return ignores_documents(q, k, v, slopes)
+
+
 def test_extras_leave_out_what_is_wrong(monkeypatch, capsys):
     monkeypatch.setitem(
         benchmark_kernels.EXTRA_SHAPES, "wide_keys", ((1, 128, 2, 64, 32), (1, 77, 2, 64, 32))
@@ -27,14 +33,16 @@ def test_extras_leave_out_what_is_wrong(monkeypatch, capsys):
         Provider("ours", benchmark_kernels._ours, general=True),
         Provider("wrong", lambda *_: pytest.fail("timed"), general=True),
         Provider("joins documents", ignores_documents, general=True),
+        Provider("fails", fails_on_documents, general=True),
         Provider("official", lambda *_: pytest.fail("timed")),
     ]
     wrong = {("wrong", 64, 32), ("wrong", 8, 8)}
     wide, packed, token = time_extras(config, providers, wrong, "cpu", Clock("cpu"), bandwidth=1e7)
-    assert [row.provider for row in wide] == ["ours", "joins documents"]
+    assert [row.provider for row in wide] == ["ours", "joins documents", "fails"]
     assert len(packed) == 4
     assert {row.provider.split(",")[0] for row in packed} == {"ours"}
-    assert "not timed: joins documents, packed documents: wrong by" in capsys.readouterr().out
+    assert "not timed: joins documents, packed: wrong by" in capsys.readouterr().out
+    assert wrong == {("wrong", 64, 32), ("wrong", 8, 8), ("joins documents", "packed"), ("fails", "packed")}
     assert [(row.batch, row.forward_backward_ms) for row in token] == [(1, None), (64, None)]
     assert all(row.forward_ms > 0 and row.forward_of_floor > 0 for row in wide + packed + token)
 
