@@ -16,7 +16,7 @@ import subprocess
 import sys
 
 from training.config import TrainConfig, command_line, compose, fail, run_command, sweep_points
-from training.errors import USER_ERRORS
+from training.errors import USER_ERRORS, SettingError
 
 
 def main(config: TrainConfig) -> int:
@@ -31,7 +31,10 @@ def multirun(arguments: list[str]) -> int:
 
     Returns the first exit code that is not 0; later points run all the same, unless a point was preempted.
     """
-    points = sweep_points(arguments)
+    last = {argument.split("=", 1)[0]: argument for argument in arguments}  # of a key that is given twice
+    points = sweep_points(list(last.values()))
+    if len(points) == 1:
+        raise SettingError("-m needs a setting with several values, as seq_len=1024,2048.")
     configs = [compose(TrainConfig, point, "train") for point in points]
     swept = [key for key in points[0] if any(key not in point for point in points)]
     names = [setting.split("=", 1)[0] for setting in swept]

@@ -109,7 +109,7 @@ def open_prepared(folder: Path, data: DataConfig, tokenizer_config: TokenizerCon
         )
     if tokenizer_config.kind == "file":
         assert tokenizer_config.path is not None
-        asked = load_tokenizer(tokenizer_config.path)
+        asked = _given_tokenizer(tokenizer_config.path)
         if asked.fingerprint != loaded.fingerprint:
             raise DataError(
                 f"tokenizer.path={tokenizer_config.path} does not match the shards in {folder}, made with"
@@ -139,13 +139,20 @@ class _Plan:
     key: str
 
 
+def _given_tokenizer(path: str) -> Tokenizer:
+    try:
+        return load_tokenizer(path)
+    except DataError as error:
+        raise DataError(f"tokenizer.path={path}: {error}") from None
+
+
 def _plan(data: DataConfig, tokenizer_config: TokenizerConfig) -> _Plan:
     source, valid_source = sources.open_source(data), sources.open_valid_source(data)
     fixed_tokenizer: Tokenizer | None = None
     tokenizer_settings: dict = {"kind": tokenizer_config.kind}
     if tokenizer_config.kind == "file":
         assert tokenizer_config.path is not None
-        fixed_tokenizer = load_tokenizer(tokenizer_config.path)
+        fixed_tokenizer = _given_tokenizer(tokenizer_config.path)
         tokenizer_settings["fingerprint"] = fixed_tokenizer.fingerprint
     elif tokenizer_config.kind == "bytes":
         fixed_tokenizer = tokenizer.ByteTokenizer()

@@ -316,7 +316,7 @@ def split_documents(documents: Iterable[Document], valid_fraction: float) -> Ite
     A small source in which chance leaves one side empty gives it the document nearest to the limit; a lone
     document is cut: the end is for validation. Empty documents are left out.
     """
-    documents = (document for document in documents if document.text)
+    documents = (document for document in documents if document.text and not document.text.isspace())
     peeked = list(itertools.islice(documents, PEEKED_DOCUMENTS))
     if not 0.0 < valid_fraction < 1.0:
         split = "valid" if valid_fraction else "train"

@@ -41,8 +41,10 @@ class LmEvalConfig:
 
 def main(config: LmEvalConfig) -> None:
     """Run the harness and print its table."""
-    if not config.checkpoint or not config.tasks:
-        raise SettingError("checkpoint and tasks must be set: checkpoint=outputs/NAME tasks=[piqa].")
+    for key, example in (("checkpoint", "outputs/NAME"), ("tasks", "[piqa,arc_easy]")):
+        if not getattr(config, key):
+            raise SettingError(f"{key} is not set: give {key}={example}.")
+    assert config.checkpoint is not None
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager

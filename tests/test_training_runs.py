@@ -139,6 +139,21 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(number, text, tmp_path):
     assert "run the same command to go on" in results[0].stderr
 
 
+def test_asked_twice_a_run_stops_at_once_in_a_line(text, tmp_path):
+    (process,) = start(["train.py", *settings(text, tmp_path / "run", "max_steps=100000")])
+    try:
+        wait_for_step(tmp_path / "run", 2)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        (result,) = finish([process], timeout=60)
+    finally:
+        process.kill()
+    assert result.returncode in (1, 75), result.stderr  # 75: it had saved already
+    assert "Traceback" not in result.stderr
+    assert "the same command" in result.stderr.splitlines()[-1]
+
+
 def test_workers_go_when_their_parent_dies(text, tmp_path):
     run_dir = tmp_path / "run"
     command = ["train.py", *settings(text, run_dir, "max_steps=100000")]

@@ -34,6 +34,7 @@ from data.errors import DataError
 from data.files import (
     explain_write_errors,
     open_regular,
+    open_to_others,
     read_json_object,
     read_limited,
     sha256_of,
@@ -230,6 +231,7 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
         with open(path, "ab") as file:
             os.posix_fallocate(file.fileno(), 0, sum(t.nbytes for t in tensors.values()))
         raise OSError(f"{path}: {error}") from error
+    open_to_others(path)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

@@ -310,7 +310,8 @@ def _as_hydra_reads(key: str, value: str, schema: type, config_name: str | None)
         text = _escaped(value)
         return f"{key}='{text}'" if config_name else f"{key}='{_no_interpolation(text)}'"
     if parsed is None or parsed.is_sweep_override():
-        hint = " Several values in one command need -m." if schema is TrainConfig and "," in value else ""
+        is_several = schema is TrainConfig and parsed is not None and parsed.is_sweep_override()
+        hint = " Several values in one command need -m." if is_several else ""
         raise SettingError(f"{key}={value}: must be {_in_words(kind)}.{hint}")
     return f"{key}={value}"
 
@@ -350,7 +351,11 @@ def _in_words(kind: Any) -> str:
     """What a value of a type looks like."""
     kinds = get_args(kind) or (kind,)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    word = "a list, as [a,b]" if _is_list(kind) else next(words[k] for k in kinds if k in words)
+    if _is_list(kind):
+        items = next(get_args(k) for k in (kind, *kinds) if get_origin(k) is list)
+        word = "a list of whole numbers, as [1024,8192]" if int in items else "a list, as [a,b]"
+    else:
+        word = next(words[k] for k in kinds if k in words)
     return f"{word}, or null" if NoneType in kinds else word
 
 
@@ -490,9 +495,11 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], where: Path) -> 
         and not (key in adopted and new.get(key) == adopted[key])
     ]
     if differing:
+        is_of_data = all(text.startswith(("data.", "tokenizer.")) for text in differing)
+        hint = "; allow_changed_data=true goes on with other data" if is_of_data else ""
         raise SettingError(
             f"{where} was started with other settings: {'; '.join(differing)[:2000]}. "
-            "Use the run's values, or another run_dir."
+            f"Use the run's values, or another run_dir{hint}."
         )
 
 

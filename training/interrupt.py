@@ -106,10 +106,10 @@ class Interrupt:
                 os._exit(EXIT_PREEMPTED)
 
     def close(self) -> None:
-        """Restore the former handlers."""
+        """Restore the former handlers; once asked to stop, the process is leaving and ignores more."""
         signal.set_wakeup_fd(self._previous_sender)
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.requested else handler)
         os.write(self._sender, bytes([END]))
         self._thread.join()
         os.close(self._sender)

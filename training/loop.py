@@ -74,6 +74,14 @@ def train(config: TrainConfig) -> int:
         if distributed.is_first():
             print(f"stopped ({interrupt.reason}); run the same command to go on.", file=sys.stderr)
         return EXIT_PREEMPTED
+    except KeyboardInterrupt:
+        if distributed.is_first():
+            print(
+                "stopped at once (SIGINT twice), saving nothing; the same command goes on from the last "
+                "checkpoint.",
+                file=sys.stderr,
+            )
+        return EXIT_FAILED
     finally:
         folder.unlock()
         interrupt.close()

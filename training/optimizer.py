@@ -21,7 +21,7 @@ class OptimConfig:
     """AdamW (Loshchilov & Hutter 2019), or Muon for the matrices of the blocks; one learning rate for all."""
 
     name: str = "adamw"  # adamw_8bit: moments in a quarter of the memory; muon: without offloading
-    lr: float | None = None  # peak; null: default_lr
+    lr: float | None = None  # peak; null: by the optimizer and the model's width
     beta1: float = 0.9
     beta2: float = 0.95
     momentum: float = 0.95  # Muon's

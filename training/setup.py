@@ -64,6 +64,8 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Ru
     data = world.on_all(partial(prepare, config.data, config.tokenizer, log=log))
     times.append(time.perf_counter())
     checkpoint = find_checkpoint(config.resume, folder, world, log)
+    if checkpoint is None and world.on_first(folder.holds_run):
+        log(f"{folder.path} holds a run without a checkpoint: it starts again, and its metrics with it")
     config = world.on_all(partial(_settle, config, data, checkpoint, log))
     loader = world.on_all(partial(_make_loader, config, data))
     state = _initial_state(config, checkpoint, world)
@@ -141,6 +143,8 @@ def _settle(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | No
                 f"{checkpoint.folder / 'config.yaml'}: total_steps is {str(total_steps)[:40]}, "
                 f"vocab_size {str(vocab_size)[:40]}, lr {str(lr)[:40]}."
             )
+        if total_steps <= checkpoint.step < config.max_steps:
+            log(f"the schedule ended at step {total_steps}: the learning rate stays what it was there")
     vocab_size = vocab_size or data.tokenizer.vocab_size
     if vocab_size < data.tokenizer.vocab_size:
         raise SettingError(
