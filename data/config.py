@@ -14,7 +14,7 @@ VERIFY_MODES = ("full", "quick")
 class DataConfig:
     """Where documents come from and how they are kept."""
 
-    source: str = "python_stdlib"  # one of SOURCES
+    source: str = "python_stdlib"  # or text, hub, prepared
     name: str | None = None  # of the hub data set, or a label for results; by default taken from the source
     path: str | None = None  # text: file, folder or glob; prepared: folder of shards
     valid_path: str | None = None  # text: validation documents of their own, instead of valid_fraction
@@ -55,7 +55,7 @@ class DataConfig:
 class TokenizerConfig:
     """Which tokenizer: trained on the data, fixed by its kind, or read from a file."""
 
-    kind: str = "sentencepiece"  # one of TOKENIZER_KINDS
+    kind: str = "sentencepiece"  # or bytes, characters, file
     vocab_size: int = 8192  # sentencepiece: number of pieces, special and byte pieces included
     model_type: str = "bpe"  # sentencepiece: bpe or unigram
     training_bytes: int = 16 * 2**20  # sentencepiece: bytes of training documents it is trained on

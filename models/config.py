@@ -50,19 +50,19 @@ class ModelConfig:
     softmax_every: int = 0  # hybrid: every k-th layer uses softmax attention; 0 for none
     decay: str = "published"  # published: ALiBi slopes; paper: exp(-8h/H (1 - l/L)); none: 1
     decay_layer_scaling: bool = True  # slopes shrink to nearly 0 at the last layer
-    lrpe: str = "first"  # layers with linearized relative positional encoding
-    activation: str = "silu"  # on q and k
-    gate: str = "full"  # low_rank: TNL3's D -> gate_size -> D
+    lrpe: str = "first"  # layers with linearized relative positional encoding: first, all, none
+    activation: str = "silu"  # on q and k: silu or none
+    gate: str = "full"  # low_rank: TNL3's D -> gate_size -> D; or none
     gate_size: int = 16
-    norm: str = "srmsnorm"
-    output_norm: str = "hidden"  # of attention's output: over the hidden width, or in each head by itself
-    channel_mixer: str = "sglu"
+    norm: str = "srmsnorm"  # or rmsnorm, layernorm
+    output_norm: str = "hidden"  # of attention's output: over the hidden width; head: in each head by itself
+    channel_mixer: str = "sglu"  # or swiglu, with SiLU on the gate
     rope_base: float = 10000.0  # softmax layers only
 
     init_std: float = 0.02
     dropout: float = 0.0  # on the embedding and on both residual branches
-    backend: str = "auto"  # of lightning_attention
-    activation_checkpointing: str = "none"  # backward recomputes; selective: all but products and attention
+    backend: str = "auto"  # of lightning_attention: auto, triton, torch, reference
+    activation_checkpointing: str = "none"  # selective: recompute all but products and attention; or full
 
     def __post_init__(self) -> None:
         for key, kind in get_type_hints(ModelConfig).items():

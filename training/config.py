@@ -75,9 +75,7 @@ class EngineConfig:
     offload_optimizer: bool = False  # keep optimizer state and masters in CPU memory (stage 2, 3)
     offload_parameters: bool = False  # keep weights in CPU memory (stage 3)
     compile: str = "auto"  # torch.compile of the blocks: auto (on a GPU), true, false
-    sequence_chunk: int = (
-        0  # tokens; a longer micro-batch is computed in chunks that carry the state, exactly
-    )
+    sequence_chunk: int = 0  # tokens; a longer micro-batch is computed in chunks that carry the state
     timeout_minutes: float = 30.0  # a collective that takes longer ends the run
     join_seconds: float = 50.0  # ranks that come later than this after another end the start
     watchdog_seconds: float = 300.0  # training in which no rank gets on for so long ends the run

@@ -60,7 +60,7 @@ def default_lr(optimizer: str, hidden_size: int) -> float:
 class ScheduleConfig:
     """Learning rate over steps: linear warm-up, then cosine, constant, or warm-up–stable–decay (wsd)."""
 
-    name: str = "cosine"
+    name: str = "cosine"  # or wsd, constant
     warmup_steps: int = 1000  # capped at a tenth of total_steps
     total_steps: int | None = None  # length of the shape; null takes max_steps of the first start
     min_lr_ratio: float = 0.1  # share of the peak that is reached when all steps are taken

@@ -316,7 +316,8 @@ def plot(path: Path, grid: Grid, key: str, title: str) -> None:
     axes.set_xticks(list(numeric.values()), [_place_text(place) for place in grid.places])
     axes.xaxis.set_minor_locator(NullLocator())
     if "loss" not in key:
-        axes.set_ylim(0, 1.08 * axes.dataLim.ymax)  # room above a flat line
+        highest = max((value for line in grid.lines for value in line.values(key).values()), default=0)
+        axes.set_ylim(0, 1.08 * highest or None)  # room above a flat line
     axes.set_xlabel("sequence length (tokens)" if grid.axis == "seq_len" else grid.axis)
     axes.set_ylabel(title)
     axes.grid(alpha=0.3)
