@@ -123,5 +123,5 @@ def test_a_task_takes_its_documents_from_a_file(tmp_path):
 
 
 def test_missing_settings_are_named():
-    with pytest.raises(SettingError, match="checkpoint and tasks must be set"):
+    with pytest.raises(SettingError, match="checkpoint is not set: give checkpoint="):
         main(LmEvalConfig())

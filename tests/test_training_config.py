@@ -162,7 +162,9 @@ def test_a_list_of_settings_needs_no_quotes():
     for given in ("[seq_len=1,seed=2]", '["seq_len=1","seed=2"]', "seq_len=1, seed=2"):
         config = compose(SweepConfig, [f"sweep.settings={given}"], "sweep")
         assert config.sweep.settings == ["seq_len=1", "seed=2"]
-    with pytest.raises(SettingError, match=r"lengths=1k: must be a list, as \[a,b\], or null"):
+    with pytest.raises(
+        SettingError, match=r"lengths=1k: must be a list of whole numbers, as \[1024,8192\], or null"
+    ):
         compose(BenchmarkConfig, ["lengths=1k"])
 
 
