@@ -16,7 +16,7 @@ import subprocess
 import sys
 
 from training.config import TrainConfig, command_line, compose, fail, run_command, sweep_points
-from training.errors import USER_ERRORS, SettingError
+from training.errors import EXIT_PREEMPTED, USER_ERRORS, SettingError
 
 
 def main(config: TrainConfig) -> int:
@@ -31,21 +31,20 @@ def multirun(arguments: list[str]) -> int:
 
     Returns the first exit code that is not 0; later points run all the same, unless a point was preempted.
     """
-    last = {argument.split("=", 1)[0]: argument for argument in arguments}  # of a key that is given twice
-    points = sweep_points(list(last.values()))
+    points = sweep_points(arguments)
     if len(points) == 1:
         raise SettingError("-m needs a setting with several values, as seq_len=1024,2048.")
     configs = [compose(TrainConfig, point, "train") for point in points]
     swept = [key for key in points[0] if any(key not in point for point in points)]
     names = [setting.split("=", 1)[0] for setting in swept]
     first_failure = 0
-    for index, (point, config) in enumerate(zip(points, configs, strict=True)):
+    for point, config in zip(points, configs, strict=True):
         label = "_".join(setting.replace("=", "-") for setting in point if setting.split("=", 1)[0] in names)
-        run_dir = os.path.join(config.run_dir, label.replace("/", "-") or str(index))
+        run_dir = os.path.join(config.run_dir, label.replace("/", "-"))
         others = [setting for setting in point if not setting.startswith("run_dir=")]
         code = run_point([sys.executable, sys.argv[0], *others, f"run_dir={run_dir}"])
         first_failure = first_failure or code
-        if code == 75:
+        if code == EXIT_PREEMPTED:
             break
     return first_failure
 

@@ -23,8 +23,6 @@ from data.errors import DataError
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY_SUFFIX = ".tmp"
-UMASK = os.umask(0o077)
-os.umask(UMASK)
 LOCK_POLL_SECONDS = 0.1
 
 
@@ -119,7 +117,9 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
 
 def open_to_others(path: Path) -> None:
     """Give a file the mode that `open` gives: safetensors leaves its own to their owner alone."""
-    path.chmod(0o666 & ~UMASK)
+    mask = os.umask(0o077)  # which can only be read by setting it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, value: dict) -> None:

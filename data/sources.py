@@ -65,8 +65,9 @@ def open_source(config: DataConfig) -> Source:
         source = _open_hub(config, config.hub_split)
     if config.max_documents is None:
         return source
-    first = lambda: itertools.islice(source.read(), config.max_documents)  # noqa: E731
-    return dataclasses.replace(source, read=first, text_bytes=None)
+    return dataclasses.replace(
+        source, read=lambda: itertools.islice(source.read(), config.max_documents), text_bytes=None
+    )
 
 
 def open_valid_source(config: DataConfig) -> Source | None:

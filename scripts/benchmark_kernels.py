@@ -151,8 +151,13 @@ def _import(module: str, name: str):
     try:
         return getattr(import_module(module), name)
     except Exception as error:  # a peer may fail in any way on a version it was not made for
-        print(f"not compared: {module}.{name} ({type(error).__name__}: {str(error).splitlines()[0]})")
+        print(f"not compared: {module}.{name} ({in_a_line(error)})")
         return None
+
+
+def in_a_line(error: Exception) -> str:
+    """The kind of an error and the start of what it says."""
+    return f"{type(error).__name__}: {str(error)[:80]}".splitlines()[0]
 
 
 def _ours(q, k, v, slopes, cu_seqlens=None):
@@ -266,7 +271,7 @@ def _check(config: BenchmarkConfig, provider: Provider, shape: Shape, dtype: str
     except Exception as error:
         if provider.name == "ours":
             raise
-        return row | {"verdict": f"fails: {type(error).__name__}: {str(error).splitlines()[0][:80]}"}
+        return row | {"verdict": f"fails: {in_a_line(error)}"}
     right = all(error <= WRONG[dtype] for error in errors.values())
     return row | errors | {"verdict": "right" if right else "wrong"}
 
@@ -423,7 +428,7 @@ def _is_right(name: str, case: str, wrong: set, dtype: str, error_of: Callable[[
     except Exception as problem:
         if name == "ours":
             raise
-        reason = f"{type(problem).__name__}: {str(problem).splitlines()[0][:80]}"
+        reason = in_a_line(problem)
     print(f"not timed: {name}, {case}: {reason}", flush=True)
     wrong.add((name, case))
     return False

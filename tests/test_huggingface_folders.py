@@ -108,6 +108,7 @@ print(json.dumps({
 def test_an_export_loads_in_transformers(tmp_path):
     run = make_run(tmp_path / "run", make_config())
     folder = export(run, tmp_path / "hf")
+    assert len({path.stat().st_mode for path in folder.iterdir() if path.is_file()}) == 1
     result = subprocess.run(
         [sys.executable, "-c", LOAD, str(folder), TEXT],
         capture_output=True,

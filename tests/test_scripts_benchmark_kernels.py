@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+import torch
 
 from kernels import lightning_attention
 from scripts import benchmark_kernels
@@ -47,7 +48,8 @@ def test_extras_leave_out_what_is_wrong(monkeypatch, capsys):
     assert all(row.forward_ms > 0 and row.forward_of_floor > 0 for row in wide + packed + token)
 
 
-def test_command_writes_what_it_timed(tmp_path):
+def test_command_writes_what_it_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = BenchmarkConfig(
         lengths=[64, 128], tokens=128, heads=2, k_dim=16, v_dim=16, rounds=1, output=str(tmp_path)
     )

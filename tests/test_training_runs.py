@@ -4,13 +4,10 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from forked_ranks import environment
 from training_helpers import ROOT, assert_same_state, finish, lines, run, settings, start, write_text
 
 from training.checkpoint import list_checkpoints, newest_checkpoint
@@ -278,27 +275,28 @@ def test_multirun_gives_each_point_a_folder(text, tmp_path):
     assert result.returncode == 0, result.stderr
     for point in ("optim.beta2-0.9", "optim.beta2-0.99"):
         assert list(lines(tmp_path / "runs" / point)) == [1]
+        assert (tmp_path / "runs" / point / "report.md").exists()
+
+
+def test_multirun_of_one_point_is_refused(text, tmp_path):
+    result = run(["train.py", "-m", *settings(text, tmp_path / "runs", "max_steps=1")])
+    assert result.returncode == 2
+    assert result.stderr == "error: -m needs a setting with several values, as seq_len=1024,2048.\n"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_ctrl_c_on_a_multirun_lets_the_point_save(text, tmp_path):
     arguments = settings(text, tmp_path / "runs", "max_steps=100000", "seed=1,2")
-    process = subprocess.Popen(
-        [sys.executable, "train.py", "-m", *arguments],
-        cwd=ROOT,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    (process,) = start(["train.py", "-m", *arguments], own_session=True)
     try:
         wait_for_step(tmp_path / "runs" / "seed-1", 2)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        _, stderr = process.communicate(timeout=60)
+        (result,) = finish([process], timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 75, stderr
-    assert "run the same command to go on" in stderr
-    assert "Traceback" not in stderr
+    assert result.returncode == 75, result.stderr
+    assert "run the same command to go on" in result.stderr
+    assert "Traceback" not in result.stderr
     assert newest_checkpoint(tmp_path / "runs" / "seed-1" / "checkpoints").step >= 2
     assert not (tmp_path / "runs" / "seed-2").exists()
 
@@ -322,6 +320,12 @@ def test_a_refused_start_leaves_no_run(text, tmp_path, changes, message):
     assert message in last
     done = run(["train.py", *arguments])
     assert done.returncode == 0, done.stderr
+
+
+def test_files_of_a_checkpoint_are_as_readable_as_any(reference, tmp_path):
+    (tmp_path / "any").touch()
+    files = [path for path in newest_checkpoint(reference / "checkpoints").folder.iterdir() if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "any").stat().st_mode}
 
 
 def test_metrics_hold_the_promised_fields(reference):

@@ -56,7 +56,7 @@ def settings(text: Path, run_dir: Path, *more: str) -> list[str]:
     ]
 
 
-def start(command: list[str], num_ranks: int = 1) -> list[subprocess.Popen]:
+def start(command: list[str], num_ranks: int = 1, *, own_session: bool = False) -> list[subprocess.Popen]:
     """Start `python COMMAND` once a rank, as a launcher does, each in an interpreter of its own."""
     port = free_port()
     return [
@@ -67,6 +67,7 @@ def start(command: list[str], num_ranks: int = 1) -> list[subprocess.Popen]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=own_session,
         )
         for rank in range(num_ranks)
     ]

@@ -308,8 +308,7 @@ def _as_hydra_reads(key: str, value: str, schema: type, config_name: str | None)
         text = _escaped(value)
         return f"{key}='{text}'" if config_name else f"{key}='{_no_interpolation(text)}'"
     if parsed is None or parsed.is_sweep_override():
-        is_several = schema is TrainConfig and parsed is not None and parsed.is_sweep_override()
-        hint = " Several values in one command need -m." if is_several else ""
+        hint = " Several values in one command need -m." if schema is TrainConfig and parsed else ""
         raise SettingError(f"{key}={value}: must be {_in_words(kind)}.{hint}")
     return f"{key}={value}"
 
@@ -430,7 +429,7 @@ def save_config(config: Any, path: Path) -> None:
     """
     text = yaml.safe_dump(to_dict(config), sort_keys=False).encode()
     if len(text) > CONFIG_LIMIT_BYTES:
-        longest = max(flatten(to_dict(config)).items(), key=lambda item: len(str(item[1])))[0]
+        longest = max(flatten(config).items(), key=lambda item: len(str(item[1])))[0]
         raise SettingError(
             f"{longest} is too long: the settings take {len(text):,} bytes in config.yaml, and "
             f"{CONFIG_LIMIT_BYTES:,} are allowed."
@@ -482,8 +481,8 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], where: Path) -> 
         SettingError: lists every such key with both values.
     """
     new, old = flatten(config), flatten(saved)
-    adopted = {"schedule.total_steps": None, "micro_batch_size": "auto", "model.vocab_size": None}
-    adopted["optim.lr"] = None
+    adopted = dict.fromkeys(("schedule.total_steps", "model.vocab_size", "optim.lr"))
+    adopted |= {"micro_batch_size": "auto"}
     changeable = CHANGEABLE_ON_RESUME + (("data.", "tokenizer.") if config.allow_changed_data else ())
     differing = [
         f"{key[:80]}={new.get(key)!r} (run: {repr(old.get(key))[:80]})"
@@ -502,9 +501,12 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], where: Path) -> 
 
 
 def sweep_points(arguments: list[str]) -> list[list[str]]:
-    """Expand `key=a,b` arguments, as `-m` takes them, into the overrides of each point, in order."""
+    """Expand `key=a,b` arguments, as `-m` takes them, into the overrides of each point, in order.
+
+    Of a key that is given twice the last counts, as without `-m`.
+    """
     points: list[list[str]] = [[]]
-    for argument in arguments:
+    for argument in {argument.split("=", 1)[0]: argument for argument in arguments}.values():
         parsed = _parse(argument)  # None for plain text, which compose quotes
         if parsed is not None and parsed.is_sweep_override():
             choices = [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]

@@ -25,6 +25,7 @@ import torch
 from data.errors import DataError
 from data.files import explain_write_errors
 from data.loader import Prefetcher, prefetch, shorten
+from data.tokenizer import decode_with
 from kernels.lightning_attention import default_backend
 from models.generation import SamplingConfig, generate
 from models.llama import softmax_backend
@@ -419,8 +420,7 @@ class Trainer:
             sampled.append(token_id)
             self.watchdog.progress(self.state.step, "sampling")
             self._agree()
-        decoder = tokenizer.decoder()  # of a continuation: its first space stays
-        text = "".join([*map(decoder.push, sampled), decoder.flush()])
+        text = decode_with(tokenizer.decoder(), sampled)  # decode would drop a continuation's first space
         self.sampled_step = self.state.step
         with self._told_later():
             if self.samples:
