@@ -4,6 +4,7 @@ A source is opened once (which lists its files and fingerprints them) and can be
 always in the same order. Text is strict UTF-8 and comes through unchanged: no newline is translated.
 """
 
+import codecs
 import dataclasses
 import glob
 import gzip
@@ -11,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import lzma
 import os
 import platform
@@ -25,7 +27,8 @@ from data.tokenizer import split_segments
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
 TEXT_FORMATS = (".txt", ".jsonl", ".parquet")
-SUFFIXES = (*TEXT_FORMATS, *(f + c for f in (".txt", ".jsonl") for c in COMPRESSIONS))
+SUFFIXES = tuple(f + c for f in TEXT_FORMATS for c in ("", *COMPRESSIONS))
+OTHER_FORMATS = (".json", ".ndjson", ".csv", ".tsv")  # which nobody means as the text that they are
 MAX_LINE_BYTES = 32 * 2**20  # of a line of .jsonl, so that no archive fills the memory
 MAX_EXPANSION = 32  # a compressed .txt of more than MAX_LINE_BYTES is at most so many times its file
 STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -95,15 +98,20 @@ def open_text(path: str, text_field: str, key: str) -> Source:
 def list_text_files(path: str, key: str) -> list[Path]:
     """Files named by a file, folder or glob; DataError where there are none of a known kind."""
     kinds = ", ".join(SUFFIXES)
-    if os.path.isfile(path):
-        return [Path(path)]  # a file named by itself is plain text unless its name says otherwise
+    if os.path.isfile(path):  # named by itself it is plain text unless its name says otherwise
+        if _format_of(Path(path)) in OTHER_FORMATS:
+            raise DataError(
+                f"{key}={path}: allowed are {kinds}. Name it .jsonl if each line is a JSON object, or .txt "
+                "to train on the file as it stands"
+            )
+        return [Path(path)]
     if os.path.isdir(path):
-        found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+        found = list(_visible_files(path))
     else:
         found = [Path(name) for name in glob.glob(path, recursive=True)]
         if not found:
             raise DataError(f"{key}={path}: no such file or folder, and no file matches it")
-    files = sorted(file for file in found if file.name.endswith(SUFFIXES) and file.is_file())
+    files = sorted(file for file in found if file.name.lower().endswith(SUFFIXES) and file.is_file())
     if not files:
         raise DataError(f"{key}={path}: no file in it ends in one of {kinds}")
     for file in files if os.path.isdir(path) else []:
@@ -115,13 +123,25 @@ def list_text_files(path: str, key: str) -> list[Path]:
     return files
 
 
+def _visible_files(folder: str) -> Iterator[Path]:
+    """The files below a folder, without .git and others whose names begin with a dot."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def _format_of(path: Path) -> str:
+    """The suffix in lower case, that of a compression taken off."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSIONS), "")
+
+
 def read_file(path: Path, text_field: str) -> Iterator[Document]:
     """Documents of one file: a .txt is one, a .jsonl one per line, a .parquet one per row."""
-    name = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSIONS else path.name
     try:
-        if name.endswith(".parquet"):
+        if _format_of(path) == ".parquet":
             yield from _read_parquet(path, text_field)
-        elif name.endswith(".jsonl"):
+        elif _format_of(path) == ".jsonl":
             yield from _read_jsonl(path, text_field)
         else:
             yield from _read_text(path)
@@ -130,11 +150,12 @@ def read_file(path: Path, text_field: str) -> Iterator[Document]:
 
 
 def _open_binary(path: Path) -> io.BufferedIOBase:
-    if path.suffix == ".gz":
+    compression = path.suffix.lower()
+    if compression == ".gz":
         return gzip.open(path, "rb")
-    if path.suffix == ".xz":
+    if compression == ".xz":
         return lzma.open(path, "rb")
-    if path.suffix == ".zst":
+    if compression == ".zst":
         import zstandard
 
         return io.BufferedReader(_ZstandardReader(zstandard, path))
@@ -163,14 +184,18 @@ class _ZstandardReader(io.RawIOBase):
         super().close()
 
 
-def _read_text(path: Path) -> Iterator[Document]:
+def _read_whole(path: Path) -> bytes:
     limit_bytes = path.stat().st_size
-    if path.suffix in COMPRESSIONS:
+    if path.suffix.lower() in COMPRESSIONS:
         limit_bytes = max(MAX_LINE_BYTES, MAX_EXPANSION * limit_bytes)
     with _open_binary(path) as file:
         content = file.read(limit_bytes + 1)
     _check_length(content, path, limit_bytes)
-    yield Document(_decode(content, path, 0), str(path))
+    return content
+
+
+def _read_text(path: Path) -> Iterator[Document]:
+    yield Document(_decode(_read_whole(path), path, 0), str(path))
 
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
@@ -181,8 +206,9 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
             if not line:
                 return
             _check_length(line, path, MAX_LINE_BYTES)
-            if line.strip():
-                yield Document(_text_of_line(line, path, number, offset, text_field), f"{path}:{number}")
+            row = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if row.strip():
+                yield Document(_text_of_line(row, path, number, offset, text_field), f"{path}:{number}")
             offset += len(line)
 
 
@@ -201,7 +227,8 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        is_packed = path.suffix.lower() in COMPRESSIONS
+        with pyarrow.parquet.ParquetFile(io.BytesIO(_read_whole(path)) if is_packed else path) as file:
             if text_field not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise DataError(f"{path} has no column {text_field!r}: set data.text_field to one of {names}")
@@ -290,6 +317,7 @@ def _open_hub(config: DataConfig, split: str) -> Source:
     def read() -> Iterator[Document]:
         import datasets
 
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry
         try:
             rows = datasets.load_dataset(
                 config.name,

@@ -240,7 +240,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, model: bytes, bos_token: str | None, eos_token: str | None):
         self._model = model
-        self._tokens = {"bos_token": bos_token or eos_token, "eos_token": eos_token or bos_token}
+        self.special_tokens = {"bos_token": bos_token or eos_token, "eos_token": eos_token or bos_token}
         self._tokenizer = tokenizer = tokenizers.Tokenizer.from_buffer(model)
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -251,10 +251,10 @@ class HuggingFaceTokenizer:
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
         self.pad_id = self.eos_id
-        self.fingerprint = hashlib.sha256(model + json.dumps(self._tokens).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(model + json.dumps(self.special_tokens).encode()).hexdigest()
 
     def _id_of(self, role: str) -> int:
-        token = self._tokens[role]
+        token = self.special_tokens[role]
         token_id = None if token is None else self._tokenizer.token_to_id(token)
         if token_id is None:
             raise ValueError(
@@ -278,7 +278,8 @@ class HuggingFaceTokenizer:
     def save(self, folder: Path) -> None:
         write_atomically(folder / self.file_name, self._model)
         write_json(
-            folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **self._tokens}
+            folder / "tokenizer_config.json",
+            {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens},
         )
         _write_info(folder, self)
 

@@ -3,14 +3,16 @@
 Ids and text are those of data/tokenizer.py, with one addition: BOS is put first where special tokens are
 asked for. Special tokens spelled out in a text stay text (`split_special_tokens`).
 
-Unigram models are equal up to near ties: SentencePiece sums the scores of a text in fp32 and transformers in
-fp64, so that of two spellings whose scores differ by 1e-7 of that sum each may take the other.
+Unigram models are equal up to ties (`are_tied`): SentencePiece sums the scores of a text in fp32 and
+transformers in fp64, and of two spellings of equal scores each may take the other.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from sentencepiece import SentencePieceProcessor
 from tokenizers import (
     AddedToken,
     Regex,
@@ -37,12 +39,26 @@ from data.tokenizer import (
 from data.tokenizer import Tokenizer as OurTokenizer
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0 to 3 of the tokenizers that have no pieces of their own
+NORMAL, USER_DEFINED = 1, 4  # types of SentencePiece's pieces
 NEVER = -1e4  # unigram score of a piece that is not text, below any spelling of it
 
 
 def write_tokenizer_json(tokenizer: OurTokenizer, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json beside what `tokenizer.save` has put into the folder."""
+    """Write tokenizer.json and tokenizer_config.json beside what `tokenizer.save` has put into the folder.
+
+    A tokenizer.json that was given stays as it is, so that BOS is put first if that says so.
+    """
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     if isinstance(tokenizer, HuggingFaceTokenizer):
+        given = tokenizer.special_tokens
+        own = settings | given | {"pad_token": given["eos_token"]}
+        write_json(folder / "tokenizer_config.json", own)
         return
     converted, specials = _convert(tokenizer)
     bos = specials["bos_token"]
@@ -53,13 +69,6 @@ def write_tokenizer_json(tokenizer: OurTokenizer, folder: Path) -> None:
         [AddedToken(token, normalized=False, special=True) for token in dict.fromkeys(specials.values())]
     )
     write_atomically(folder / "tokenizer.json", converted.to_str().encode())
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
-        "padding_side": "left",
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
     write_json(folder / "tokenizer_config.json", settings | specials)
 
 
@@ -85,17 +94,47 @@ def _convert(tokenizer: OurTokenizer) -> tuple[Tokenizer, dict[str, str]]:
     return converted, roles
 
 
+def are_tied(tokenizer: OurTokenizer, ids: list[int], others: list[int]) -> bool:
+    """Whether these spell one text with the same score in a unigram model, to the precision of its sums."""
+    if not isinstance(tokenizer, SentencePieceTokenizer) or _is_bpe(tokenizer._processor):
+        return False
+    score, other = (math.fsum(map(tokenizer._processor.get_score, spelling)) for spelling in (ids, others))
+    return math.isclose(score, other, rel_tol=1e-6) and tokenizer.decode(ids) == tokenizer.decode(others)
+
+
+def user_defined(tokenizer: OurTokenizer) -> list[str]:
+    """The pieces of a SentencePiece model that are cut out of a text before anything else."""
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return []
+    processor = tokenizer._processor
+    return [processor.id_to_piece(i) for i, kind in enumerate(_types(processor)) if kind == USER_DEFINED]
+
+
+def _types(processor: SentencePieceProcessor) -> list[int]:
+    """The type of each piece; read from the model's protobuf, whose field 1 are pieces with it in field 3."""
+    fields = _fields(processor.serialized_model_proto())
+    pieces = [dict(_fields(value)) for number, value in fields if number == 1 and isinstance(value, bytes)]
+    return [int(piece.get(3, NORMAL)) for piece in pieces]
+
+
+def _text_pieces(processor: SentencePieceProcessor) -> list[bool]:
+    """Of each id, whether its piece is put together from a text."""
+    return [kind == NORMAL for kind in _types(processor)]
+
+
+def _is_bpe(processor: SentencePieceProcessor) -> bool:
+    """BPE scores are minus the merge's rank; unigram scores are log probabilities."""
+    is_text = _text_pieces(processor)
+    return all(processor.get_score(i).is_integer() for i, text in enumerate(is_text) if text)
+
+
 def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Tokenizer, dict[str, str]]:
     processor = tokenizer._processor
     pieces = [processor.id_to_piece(index) for index in range(processor.vocab_size())]
     scores = [processor.get_score(index) for index in range(processor.vocab_size())]
     unk = pieces[processor.unk_id()]
-    is_text = [
-        not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))
-        for i in range(len(pieces))
-    ]
-    # BPE scores are minus the merge's rank; unigram scores are log probabilities
-    if all(score == int(score) for score, text in zip(scores, is_text, strict=True) if text):
+    is_text = _text_pieces(processor)
+    if _is_bpe(processor):
         vocabulary = {piece: index for index, piece in enumerate(pieces)}
         merges = _merges({p: s for p, s, text in zip(pieces, scores, is_text, strict=True) if text})
         model: models.Model = models.BPE(
@@ -105,6 +144,7 @@ def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Tokenizer
         scored = [(p, s if text else NEVER) for p, s, text in zip(pieces, scores, is_text, strict=True)]
         model = models.Unigram(scored, processor.unk_id(), byte_fallback=True)
     converted = Tokenizer(model)
+    converted.add_tokens([AddedToken(piece, normalized=False) for piece in user_defined(tokenizer)])
     if isinstance(model, models.Unigram) and (lone := _lone_starts(pieces, is_text)):
         converted.pre_tokenizer = pre_tokenizers.Split(Regex(lone), "isolated")
     steps: list[normalizers.Normalizer] = [

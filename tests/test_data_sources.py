@@ -1,5 +1,6 @@
 """Documents come out of every kind of file unchanged, and are split by content."""
 
+import codecs
 import gzip
 import json
 import lzma
@@ -56,13 +57,16 @@ def test_parquet(tmp_path):
     assert read_texts(tmp_path, text_field="body") == TEXTS * 300
     with pytest.raises(DataError, match=r"no column 'text': set data\.text_field to one of body, id"):
         read_texts(tmp_path)
+    packed = tmp_path / "b.parquet.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+    assert read_texts(packed, text_field="body") == TEXTS * 300
 
 
 def test_folders_are_read_sorted_and_other_files_left_out(tmp_path):
-    for name in ("b/2.txt", "a.txt", "b/1.txt", "b/notes.md", "c.py"):
+    for name in ("b/2.TXT", "a.txt", "b/1.txt", "b/notes.md", "c.py", ".git/x.txt", "b/.old.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert read_texts(tmp_path) == ["a.txt", "b/1.txt", "b/2.txt"]
+    assert read_texts(tmp_path) == ["a.txt", "b/1.txt", "b/2.TXT"]
     assert read_texts(tmp_path, max_documents=2) == ["a.txt", "b/1.txt"]
 
 
@@ -149,6 +153,18 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
 def test_a_file_named_by_itself_is_text_whatever_its_name(tmp_path):
     (tmp_path / "notes.md").write_text("# text")
     assert read_texts(tmp_path / "notes.md") == ["# text"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.ndjson.gz", "A.CSV"])
+def test_other_formats_are_not_taken_for_plain_text(name, tmp_path):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match=r"Name it \.jsonl if each line is a JSON object"):
+        read_texts(tmp_path / name)
+
+
+def test_a_byte_order_mark_before_json_lines_is_no_text(tmp_path):
+    (tmp_path / "A.JSONL").write_bytes(codecs.BOM_UTF8 + jsonl(TEXTS))
+    assert read_texts(tmp_path / "A.JSONL") == TEXTS
 
 
 def documents_of(count, seed=0):
