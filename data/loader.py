@@ -260,8 +260,3 @@ class Prefetcher(Generic[T]):
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-def prefetch(iterable: Iterable[T], depth: int = 2) -> Prefetcher[T]:
-    """Read an iterable `depth` items ahead in a thread."""
-    return Prefetcher(iterable, depth)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -24,16 +25,16 @@ from training.config import run_command
 from training.distributed import World
 from training.errors import SettingError
 from training.evaluation import WINDOWS, evaluate, resolve_stride
-from training.evaluation_inputs import identify, open_text
+from training.evaluation_text import open_text
 from training.metrics import peak_memory_gib
-from training.weights import find_models, load_model
+from training.weights import find_model, load_model
 
 
 @dataclass(kw_only=True, slots=True)
 class BenchmarkEvaluationConfig:
     """What to score, and how often."""
 
-    checkpoint: str | None = None  # as in eval.py; of several, the first
+    checkpoint: str | None = None  # run folder, checkpoint, import or export
     seq_len: int = 1024  # tokens
     window: str = "disjoint"  # disjoint, strided or streaming
     max_tokens: int = 0  # score the first so many tokens; 0 for all
@@ -50,25 +51,21 @@ class BenchmarkEvaluationConfig:
 
 def main(config: BenchmarkEvaluationConfig) -> None:
     """Print both speeds in tokens/s."""
-    if config.checkpoint is None:
-        raise SettingError("checkpoint is not set: give a run folder, a checkpoint or an export.")
+    path = find_model(config.checkpoint)
     distributed.check_launcher()
     world = distributed.start(timeout_minutes=5)
     try:
         if world.size > 1:
             raise SettingError(f"{world.size} ranks: this times one. Start it without a launcher.")
-        _compare(config, world)
+        _compare(config, path, world)
     finally:
         distributed.stop()
 
 
-def _compare(config: BenchmarkEvaluationConfig, world: World) -> None:
-    def log(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    candidate = identify(find_models(str(config.checkpoint), log)[0], None)
-    documents = open_text(None, candidate, config.max_tokens, {}, log).documents
-    model = load_model(candidate.path, world.device, candidate.precision).model
+def _compare(config: BenchmarkEvaluationConfig, path: Path, world: World) -> None:
+    trained = load_model(path, world.device)
+    model = trained.model
+    documents = open_text(None, trained, config.max_tokens, {}, partial(print, file=sys.stderr)).documents
     streams = config.window == "streaming"
     batch = min(config.seq_len, config.batch_tokens) if streams else max(config.batch_tokens, config.seq_len)
     scored = sum(len(document.ids) - 1 for document in documents)

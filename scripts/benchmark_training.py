@@ -17,7 +17,6 @@ Writes table.md, results.csv, results.json and speed.png.
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 import subprocess
@@ -40,6 +39,7 @@ from training.engine import Engine, compile_for_any_documents
 from training.errors import SettingError
 from training.metrics import peak_flops, peak_memory_gib
 from training.optimizer import parameter_groups
+from training.tables import csv_text, markdown_table
 
 WAYS = ("engine", "loop", "fla", "plain")
 LOSS_CHUNK_TOKENS = 8192  # of plain's loss
@@ -59,7 +59,7 @@ COLUMNS = (
 
 
 @dataclass(kw_only=True, slots=True)
-class BenchmarkConfig:
+class TrainingBenchmarkConfig:
     """What to time. `settings` are further settings of train.py for every point."""
 
     models: list[str] = field(default_factory=lambda: ["tnl-385m", "tnl-1b", "llama-385m", "llama-1b"])
@@ -91,12 +91,18 @@ class BenchmarkConfig:
             raise SettingError(f"micro_tokens={self.micro_tokens} must be at least 1, or null.")
 
 
-def main(config: BenchmarkConfig) -> int:
-    """Run every point in its own process, or this process's one point."""
+def main(config: TrainingBenchmarkConfig) -> int:
+    """Run every point in its own process, or this process's one point; 1 if any failed.
+
+    Raises:
+        SettingError: settings that train.py would refuse.
+    """
     if config.point is not None:
         point = json.loads(config.point)
         print(json.dumps(measure(config, point["model"], point["way"], point["seq_len"])))
         return 0
+    for model in config.models:
+        train_config(config, model, config.seq_lens[0])
     rows = []
     for seq_len in config.seq_lens:
         for model in config.models:
@@ -107,7 +113,7 @@ def main(config: BenchmarkConfig) -> int:
                 print("  ".join(filter(None, values)), flush=True)
                 write_results(Path(config.output), config, rows)
     print((Path(config.output) / "table.md").read_text())
-    return 0
+    return int(any(row["status"] in ("failed", "timeout") for row in rows))
 
 
 def run_point(point: dict, limit_seconds: float) -> dict:
@@ -129,16 +135,21 @@ def run_point(point: dict, limit_seconds: float) -> dict:
     return row | {"status": status, "error": error, "last_lines": lines[-30:]}
 
 
-def measure(config: BenchmarkConfig, model_name: str, way: str, seq_len: int) -> dict:
-    """Time one point in this process."""
+def train_config(config: TrainingBenchmarkConfig, model_name: str, seq_len: int) -> TrainConfig:
+    """The settings of train.py that a point stands for."""
     settings = [f"model={model_name}", f"seq_len={seq_len}", f"batch_tokens={config.tokens}"]
     settings += [f"model.vocab_size={config.vocab_size}", f"engine={config.engine}", *config.settings]
+    return compose(TrainConfig, settings, "train")
+
+
+def measure(config: TrainingBenchmarkConfig, model_name: str, way: str, seq_len: int) -> dict:
+    """Time one point in this process."""
+    train = train_config(config, model_name, seq_len)
     if way in ("fla", "plain"):
-        settings.append("model.activation_checkpointing=none")
+        train.model.activation_checkpointing = "none"
         use_flash_linear_attention()
     if way == "plain":
         LMHead.forward = plain_loss  # type: ignore[method-assign, assignment]
-    train = compose(TrainConfig, settings, "train")
     world = distributed.start(train.engine.timeout_minutes)
     micro_batch_size = max(1, (config.micro_tokens or config.tokens) // seq_len)
     accumulation_steps = train.sequences_per_step // micro_batch_size
@@ -287,7 +298,7 @@ def print_profile(step: Callable, batches: list[Batch]) -> None:
         )
 
 
-def write_results(folder: Path, config: BenchmarkConfig, rows: list[dict]) -> None:
+def write_results(folder: Path, config: TrainingBenchmarkConfig, rows: list[dict]) -> None:
     """table.md, results.csv and results.json, after every point."""
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -298,16 +309,13 @@ def write_results(folder: Path, config: BenchmarkConfig, rows: list[dict]) -> No
         "vocab_size": config.vocab_size,
     }
     (folder / "results.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-    with open(folder / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    lines = [
-        f"{device}, torch {facts['torch']}, {config.tokens:,} tokens a step, vocabulary {config.vocab_size:,}"
-    ]
-    lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(_format(row[column]) for column in COLUMNS) + " |" for row in rows]
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    shown = [{column: row[column] for column in COLUMNS} for row in rows]
+    (folder / "results.csv").write_text(csv_text(shown))
+    table = markdown_table(COLUMNS, (map(_format, row.values()) for row in shown))
+    (folder / "table.md").write_text(
+        f"{device}, torch {facts['torch']}, {config.tokens:,} tokens a step, "
+        f"vocabulary {config.vocab_size:,}\n\n{table}\n"
+    )
     plot_speed(folder / "speed.png", rows)
 
 
@@ -336,4 +344,4 @@ def _format(value: object) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, BenchmarkConfig, __doc__)
+    run_command(main, TrainingBenchmarkConfig, __doc__)

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from models.transnormer import TransNormer
 from training import distributed
-from training.checkpoint import Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint
+from training.checkpoint import Checkpoint, open_checkpoint
 from training.config import EngineConfig, TrainConfig, load_saved_config, model_config_from, run_command
 from training.distributed import World
 from training.engine import Engine
 from training.errors import SettingError
+from training.model_folder import is_model_folder
 from training.optimizer import OptimConfig
+from training.weights import check_size, check_weights, find_model, saved_precision
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,11 +36,12 @@ class CheckLoadingConfig:
 
 def main(config: CheckLoadingConfig) -> int:
     """Load, compare, and say what came out on the first rank; 0 if every bit is equal."""
-    if config.checkpoint is None:
-        raise SettingError("checkpoint= is missing: give a run folder or a checkpoint.")
+    path = find_model(config.checkpoint)
+    if is_model_folder(path):
+        raise SettingError(f"checkpoint={path} is an import or export, which holds weights alone.")
     world = distributed.start(timeout_minutes=5)
     try:
-        checkpoint = _find(Path(config.checkpoint))
+        checkpoint = open_checkpoint(path, verify=False)
         engine, precision = _engine(checkpoint, config.zero_stage, world)
         engine.load(checkpoint.read, 1)
         differing, num_values = _compare(engine, checkpoint)
@@ -58,23 +60,18 @@ def main(config: CheckLoadingConfig) -> int:
         distributed.stop()
 
 
-def _find(path: Path) -> Checkpoint:
-    if (path / "manifest.json").exists():
-        return open_checkpoint(path, verify=False)
-    newest = newest_checkpoint(path / "checkpoints")
-    if newest is None:
-        raise CheckpointError(f"checkpoint={path}: there is no valid checkpoint.")
-    return newest
-
-
 def _engine(checkpoint: Checkpoint, zero_stage: int, world: World) -> tuple[Engine, str]:
     """An engine for the checkpoint's model, and its precision."""
     path = checkpoint.folder / "config.yaml"
     saved = load_saved_config(path)
-    engine = EngineConfig(zero_stage=zero_stage, precision=str(saved["engine"]["precision"]), compile="false")
-    optim = OptimConfig(name=str(saved["optim"]["name"]))
+    precision = saved_precision(saved, path.parent)
+    engine = EngineConfig(zero_stage=zero_stage, precision=precision, compile="false")
+    optim = saved.get("optim")
+    optim = OptimConfig(name=str(optim.get("name") if isinstance(optim, dict) else optim))
     config = TrainConfig(model=model_config_from(saved, path), engine=engine, optim=optim)
+    check_size(config.model, checkpoint.shapes, checkpoint.folder)
     model = TransNormer(config.model)
+    check_weights(model, checkpoint.shapes, checkpoint.folder)
     return Engine(model, config, world, accumulation_steps=1, micro_batch_size=1), engine.precision
 
 

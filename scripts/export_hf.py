@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
-from data.tokenizer_json import write_tokenizer_json
+from data.tokenizer_json import are_tied, user_defined, write_tokenizer_json
 from models.standalone import FILE_NAME
 from models.transnormer import TransNormer
 from training.config import run_command
 from training.errors import SettingError
 from training.metrics import is_number, read_metrics
 from training.model_folder import DTYPES, new_folder, write_model_folder
-from training.weights import TrainedModel, find_models, load_model
+from training.weights import TrainedModel, find_model, load_model
 
 TOLERANCE = 2e-5  # ‖Δ‖ / ‖reference‖ of fp32 logits
 PROBE_TOKENS, PROBE_PREFILL, PROBE_PADDING = 80, 48, 33
+PROBE_PIECES = 100
 PROBE_TEXT = "def f(x):\n    return  x + 1  # ein Übungssatz, <s> 日本語 ﬁ ①\n  "
 
 
@@ -50,9 +51,9 @@ class ExportConfig:
 
 def main(config: ExportConfig) -> None:
     """Load, write, verify, and print what was compared."""
-    if not config.checkpoint or not config.output:
-        raise SettingError("checkpoint and output must be set: checkpoint=outputs/NAME output=DIR.")
-    path = find_models(config.checkpoint)[-1]
+    path = find_model(config.checkpoint)
+    if not config.output:
+        raise SettingError("output is not set: give a folder that is not there yet, as output=outputs/x-hf.")
     trained = load_model(path, precision="fp32")
     with new_folder("output", config.output) as folder:
         write_model_folder(trained.model, trained.tokenizer, folder, config.dtype)
@@ -110,10 +111,12 @@ def verify_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     from transformers import PreTrainedTokenizerFast
 
     loaded = PreTrainedTokenizerFast.from_pretrained(folder)
-    ids = tokenizer.encode(PROBE_TEXT).tolist()
-    found = loaded(PROBE_TEXT, add_special_tokens=False).input_ids
+    probe = PROBE_TEXT + "".join(f"a{piece}b" for piece in user_defined(tokenizer)[:PROBE_PIECES])
+    ids = tokenizer.encode(probe).tolist()
+    found = loaded(probe, add_special_tokens=False).input_ids
     text = loaded.decode(ids, skip_special_tokens=True)
-    if found != ids or (text != tokenizer.decode(ids) and "\ufffd" not in tokenizer.decode(ids)):
+    same = found == ids or are_tied(tokenizer, ids, found)
+    if not same or (text != tokenizer.decode(ids) and "\ufffd" not in tokenizer.decode(ids)):
         raise ExportError(
             f"transformers reads the exported {tokenizer.kind} tokenizer differently: {text!r}."
         )
@@ -170,7 +173,7 @@ package on the path its Triton kernels run; without it, PyTorch does the same.
 def _figures(trained: TrainedModel) -> dict[str, str]:
     """Parameters, and the last logged and validation figures up to the checkpoint's step."""
     figures = {"parameters": f"{trained.model.config.num_parameters():,}"}
-    if trained.step is None or trained.run_dir is None:
+    if trained.step is None:
         return figures
     figures |= {"optimizer steps": f"{trained.step:,}", "training tokens": f"{trained.tokens:,}"}
     shown = {
@@ -179,7 +182,7 @@ def _figures(trained: TrainedModel) -> dict[str, str]:
         "valid_perplexity": "validation perplexity",
         "valid_bits_per_byte": "validation bits per byte",
     }
-    for line in read_metrics(trained.run_dir / "metrics.jsonl"):
+    for line in read_metrics(trained.home.metrics):
         if line["step"] <= trained.step:
             figures |= {t: f"{line[key]:.4f}" for key, t in shown.items() if is_number(line.get(key))}
     return figures

@@ -11,16 +11,17 @@ same text. device is auto (a GPU if there is one), cpu or cuda; precision is bf1
 training.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from data.tokenizer import Tokenizer
 from models.generation import SamplingConfig, generate
+from models.transnormer import TransNormer
 from training.config import reader_may_leave, run_command
 from training.errors import SettingError
-from training.weights import TrainedModel, find_models, load_model
+from training.weights import check_precision, find_model, load_model
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,8 +41,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise SettingError(f"max_tokens={self.max_tokens} must be at least 1.")
-        if self.precision not in (None, "bf16", "fp32"):
-            raise SettingError(f"precision={self.precision!r} is unknown. Allowed: bf16, fp32, null.")
+        check_precision(self.precision)
         if self.device not in ("auto", "cpu", "cuda"):
             raise SettingError(f"device={self.device!r} is unknown. Allowed: auto, cpu, cuda.")
         if not -(2**63) <= self.seed < 2**63:
@@ -61,20 +61,16 @@ class GenerateConfig:
 
 def main(config: GenerateConfig) -> int:
     """Print the prompt and its continuation; returns the exit code."""
-    if config.checkpoint is None:
-        raise SettingError("checkpoint is not set: give a run folder, a checkpoint or an export.")
+    path = find_model(config.checkpoint)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise SettingError("device=cuda, but no GPU can be used here: use device=cpu.")
-    found = find_models(config.checkpoint, log=lambda text: print(text, file=sys.stderr))
-    if len(found) > 1:
-        raise SettingError(f"checkpoint={config.checkpoint} names {len(found)} models: give one.")
     use_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if use_gpu else "cpu")
-    trained = load_model(found[0], device, config.precision)
+    trained = load_model(path, device, config.precision)
     try:
         with reader_may_leave():
             print(config.prompt, end="", flush=True)
-            for text in continuation(trained, config, device):
+            for text in continuation(trained.model, trained.tokenizer, config, device):
                 print(text, end="", flush=True)
             print()
     except KeyboardInterrupt:
@@ -83,12 +79,13 @@ def main(config: GenerateConfig) -> int:
     return 0
 
 
-def continuation(trained: TrainedModel, config: GenerateConfig, device: torch.device) -> Iterator[str]:
+def continuation(
+    model: TransNormer, tokenizer: Tokenizer, config: GenerateConfig, device: torch.device
+) -> Iterator[str]:
     """The text after the prompt, piece by piece; a character comes when all of its bytes are there."""
-    tokenizer = trained.tokenizer
     decoder = tokenizer.decoder()
     ids = generate(
-        trained.model,
+        model,
         [tokenizer.bos_id, *tokenizer.encode(config.prompt).tolist()],
         config.max_tokens,
         config.sampling(),

@@ -20,7 +20,7 @@ import yaml
 
 from training.config import run_command
 from training.errors import SettingError
-from training.weights import find_models, load_model
+from training.weights import check_precision, find_model, load_model
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,13 +38,15 @@ class LmEvalConfig:
     precision: str | None = None  # bf16 or fp32; null takes that of training
     output: str | None = None  # JSON file for the results
 
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
+
 
 def main(config: LmEvalConfig) -> None:
     """Run the harness and print its table."""
-    for key, example in (("checkpoint", "outputs/NAME"), ("tasks", "[piqa,arc_easy]")):
-        if not getattr(config, key):
-            raise SettingError(f"{key} is not set: give {key}={example}.")
-    assert config.checkpoint is not None
+    path = find_model(config.checkpoint)
+    if not config.tasks:
+        raise SettingError("tasks is not set: give tasks=[piqa,arc_easy].")
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -54,7 +56,7 @@ def main(config: LmEvalConfig) -> None:
     except ImportError as error:
         raise SettingError(f"lm_eval can't be imported ({error}): pip install lm-eval.") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = load_model(find_models(config.checkpoint)[-1], device, config.precision)
+    trained = load_model(path, device, config.precision)
     seq_len = config.seq_len or trained.settings.get("seq_len")
     if type(seq_len) is not int or seq_len < 1:
         raise SettingError(f"seq_len is not set, and {trained.path} does not say its own: give seq_len=1024.")
@@ -64,7 +66,7 @@ def main(config: LmEvalConfig) -> None:
         if config.documents:
             tasks = [local_task(task, manager, Path(config.documents), Path(folder)) for task in tasks]
         results = simple_evaluate(
-            model=TransnormerLM(trained, seq_len, config.batch_tokens),
+            model=TransnormerLM(trained.model, trained.tokenizer, seq_len, config.batch_tokens),
             tasks=tasks,
             num_fewshot=config.num_fewshot,
             limit=config.limit,

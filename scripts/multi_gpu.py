@@ -19,8 +19,8 @@ from pathlib import Path
 
 from training.config import run_command
 from training.errors import EXIT_PREEMPTED, SettingError
-from training.kill_test import KillTest
-from training.multi_gpu_report import write_report
+from training.multi_gpu_report import write_multi_gpu_report
+from training.rank_kill import RankKill
 from training.sweep import FINISHED, SweepDefinition, expand
 from training.sweep_command import run_sweep
 from training.sweep_runner import free_devices
@@ -47,9 +47,7 @@ class MultiGpuConfig:
     skip_steps: int = 10  # first steps that speeds leave out
     settings: list[str] = field(default_factory=list)  # of every run: data, tokenizer, micro_batch_size
     parts: list[str] = field(default_factory=lambda: list(PARTS))  # what to do, in this order
-    kill_after: int = (
-        10  # steps; the first model's run is saved then, killed after it, and goes on from there
-    )
+    kill_after: int = 10  # steps; the first model's run is saved then, killed, and goes on from there
     kill_engine: str = "zero1"
     retry: list[str] = field(default_factory=list)  # statuses to run again: failed, oom, done
 
@@ -82,11 +80,11 @@ def main(config: MultiGpuConfig) -> int:
     folder = Path(config.run_dir)
     uninterrupted = next(p for p in points[num_gpus] if p.crossed["engine"] == config.kill_engine)
     curve = folder / f"gpus_{num_gpus}" / "points" / uninterrupted.name
-    kill = KillTest(folder / "kill", uninterrupted, curve, num_gpus, config.kill_after)
+    kill = RankKill(folder / "kill", uninterrupted, curve, num_gpus, config.kill_after)
 
     def report() -> None:
         shown = "kill" in config.parts or kill.result["legs"]
-        write_report(folder, sweeps, points, kill if shown else None)
+        write_multi_gpu_report(folder, sweeps, points, kill if shown else None)
 
     codes = []
     for part in config.parts:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from training.config import run_command
 from training.errors import SettingError
-from training.report import write_report
+from training.report import write_run_report
 from training.run_folder import RunFolder
 
 
@@ -34,7 +34,7 @@ def main(config: ReportConfig) -> None:
         raise SettingError(
             f"run_dir={config.run_dir} holds no run: there is no config.yaml or metrics.jsonl."
         )
-    write_report(folder)
+    write_run_report(folder)
     print(folder.report)
 
 

@@ -10,7 +10,6 @@ runs what is missing. Results: table.md, results.csv, plots/, and sweep.json, wh
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,5 +67,4 @@ def main(config: SweepConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.argv = ["dry_run=true" if argument == "--dry-run" else argument for argument in sys.argv]
     run_command(main, SweepConfig, __doc__, "sweep")

@@ -12,6 +12,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """The documents of tiny runs, and beside them the cache of what is prepared from them."""
+    from training_helpers import write_text  # imports Triton
+
+    return write_text(tmp_path_factory.mktemp("corpus") / "text")
+
+
 def pytest_collection_modifyitems(items):
     # files that start training processes first, so that no worker is left with a long one at the end
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import reliability_faults
+
+from training.distributed import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = ["forked_preload"]
@@ -63,12 +64,6 @@ class Ranks:
 
     def signal(self, number: int, rank: int) -> None:
         os.kill(self.processes[rank].pid, number)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @functools.cache

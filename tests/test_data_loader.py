@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.errors import DataError
-from data.loader import TrainLoader, epoch_keys, permute, prefetch
+from data.loader import Prefetcher, TrainLoader, epoch_keys, permute
 from data.shards import TokenSplit
 
 SEQ_LEN = 16
@@ -179,13 +179,13 @@ def test_prefetch_keeps_order_and_passes_errors_on():
         yield from range(5)
         raise DataError("broken")
 
-    with prefetch(items(), depth=2) as reader:
+    with Prefetcher(items(), depth=2) as reader:
         assert [next(reader) for _ in range(5)] == list(range(5))
         with pytest.raises(DataError, match="broken"):
             next(reader)
         with pytest.raises(StopIteration):
             next(reader)
-    assert list(prefetch(range(100), depth=3)) == list(range(100))
+    assert list(Prefetcher(range(100), depth=3)) == list(range(100))
 
 
 def test_prefetch_closes_in_the_middle():
@@ -196,7 +196,7 @@ def test_prefetch_closes_in_the_middle():
             made.append(i)
             yield i
 
-    reader = prefetch(items(), depth=2)
+    reader = Prefetcher(items(), depth=2)
     next(reader)
     reader.close()
     assert not reader._thread.is_alive()
@@ -211,6 +211,6 @@ def test_prefetch_works_ahead():
         second_is_made.set()
         yield 2
 
-    with prefetch(items(), depth=1) as reader:
+    with Prefetcher(items(), depth=1) as reader:
         assert second_is_made.wait(10)
         assert list(reader) == [1, 2]

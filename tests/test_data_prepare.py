@@ -38,16 +38,20 @@ def write_corpus(folder, texts):
     return folder
 
 
-@pytest.fixture
-def data(tmp_path):
-    path = write_corpus(tmp_path / "corpus", make_texts())
+def config_in(folder):
+    path = write_corpus(folder / "corpus", make_texts())
     return DataConfig(
         source="text",
         path=str(path),
-        cache_dir=str(tmp_path / "cache"),
+        cache_dir=str(folder / "cache"),
         valid_fraction=0.2,
         shard_bytes=SHARD_BYTES,
     )
+
+
+@pytest.fixture
+def data(tmp_path):
+    return config_in(tmp_path)
 
 
 @pytest.fixture
@@ -314,9 +318,15 @@ def test_folder_that_can_not_be_written(data, tmp_path, lines):
 # Damage
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    data = config_in(tmp_path_factory.mktemp("whole"))
+    return prepare(data, TokenizerConfig(vocab_size=300), log=lambda _: None).folder
+
+
 @pytest.fixture
-def folder(data, lines):
-    return prepare(data, TokenizerConfig(vocab_size=300), log=lines.append).folder
+def folder(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "cache" / whole.name)
 
 
 def open_folder(folder, tokenizer=None, **settings):
@@ -390,10 +400,10 @@ def test_added_shard_is_found(folder):
         open_folder(folder)
 
 
-def test_damaged_cache_is_found_too(folder, data, lines):
-    flip_bit(folder / "train-00000.tokens")
+def test_damaged_cache_is_found_too(data, lines):
+    flip_bit(prepare(data, BYTES, log=lines.append).folder / "train-00000.tokens")
     with pytest.raises(DataError, match="train-00000"):
-        prepare(data, TokenizerConfig(vocab_size=300), log=lines.append)
+        prepare(data, BYTES, log=lines.append)
 
 
 def test_tokenizer_that_does_not_match_the_shards(folder, data, tmp_path, lines):

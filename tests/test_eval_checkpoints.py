@@ -350,19 +350,6 @@ def test_ranks_agree(folder, window, ranks):
 
 
 @pytest.mark.slow
-def test_help_and_refusal_of_the_command(folder):
-    done = run(["eval.py", "--help"], cwd=folder)
-    assert done.returncode == 0
-    assert "BOS never" in done.stdout
-    assert "batch_tokens: 16384" in done.stdout
-    done = run(["eval.py", "checkpoint=none"], cwd=folder)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "error: checkpoint=none: no such folder. Give a run folder, a checkpoint or an export.\n"
-    )
-
-
-@pytest.mark.slow
 def test_training_s_validation_eval_and_a_plain_loop_agree(folder):
     """In bf16, as trained: metrics.jsonl, eval.py and logits of one window after another."""
     make_run(folder / "other")  # for its corpus

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers as tokenizers_lib
 import torch
+from model_helpers import make_model
 from safetensors.torch import load_file, save_file
 
 import scripts.export_hf
@@ -17,15 +19,16 @@ import training.model_folder
 from data.config import TokenizerConfig
 from data.tokenizer import (
     ByteTokenizer,
+    HuggingFaceTokenizer,
     SentencePieceTokenizer,
     load_tokenizer,
     train_characters,
     train_sentencepiece,
 )
-from data.tokenizer_json import write_tokenizer_json
+from data.tokenizer_json import are_tied, user_defined, write_tokenizer_json
 from models.config import ModelConfig
 from models.transnormer import TransNormer
-from scripts.export_hf import ExportConfig, ExportError
+from scripts.export_hf import ExportConfig, ExportError, verify_tokenizer
 from scripts.export_hf import main as export_main
 from scripts.import_hf import ImportConfig
 from scripts.import_hf import main as import_main
@@ -34,7 +37,7 @@ from training.config import TrainConfig, save_config
 from training.distributed import World
 from training.engine import KINDS, Fragment
 from training.errors import USER_ERRORS, SettingError
-from training.weights import find_models, load_initial_weights, load_model
+from training.weights import find_model, load_initial_weights, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "def f(x):\n    return  x + 1  # <s> </s> ▁ 日本 é\n"
@@ -43,15 +46,6 @@ TEXT = "def f(x):\n    return  x + 1  # <s> </s> ▁ 日本 é\n"
 def make_config(**settings) -> ModelConfig:
     values = {"vocab_size": 260, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "glu_size": 48}
     return ModelConfig(**values | settings)
-
-
-def make_model(config: ModelConfig) -> TransNormer:
-    model = TransNormer(config, seed=3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(6)
-    return model
 
 
 def make_run(folder: Path, config: ModelConfig, tokenizer=None) -> Path:
@@ -147,12 +141,12 @@ def test_round_trip_is_exact(name, tmp_path, monkeypatch):
     folder = export(run, tmp_path / "hf")
     assert (folder / "model.safetensors.index.json").exists() == (name == "untied")
     import_main(ImportConfig(source=str(folder), run_dir=str(tmp_path / "imported")))
-    checkpoint = load_model(find_models(str(run))[0], precision="fp32")
-    models = [load_model(find_models(str(path))[0]) for path in (folder, tmp_path / "imported")]
+    checkpoint = load_model(find_model(str(run)), precision="fp32")
+    models = [load_model(find_model(str(path))) for path in (folder, tmp_path / "imported")]
     for loaded in models:
         assert replace(loaded.model.config, name="") == replace(checkpoint.model.config, name="")
         assert loaded.tokenizer.fingerprint == checkpoint.tokenizer.fingerprint
-        assert (loaded.step, loaded.run_dir) == (None, loaded.path)
+        assert (loaded.step, loaded.home.path) == (None, loaded.path)
         for key, value in loaded.model.named_parameters():
             assert torch.equal(value, checkpoint.model.get_parameter(key)), key
     assert models[0].hash == models[1].hash
@@ -183,7 +177,7 @@ def test_stored_dtypes(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     assert {tensor.dtype for name, tensor in tensors.items() if "theta" not in name} == {torch.bfloat16}
     assert tensors["model.layers.0.token_mixer.lrpe.theta"].dtype == torch.float32
-    assert load_model(folder).settings["engine"]["precision"] == "bf16"
+    assert load_model(folder).precision == "bf16"
     with pytest.raises(SettingError, match="dtype='int8'"):
         ExportConfig(dtype="int8")
 
@@ -211,6 +205,54 @@ def write_shifted(tokenizer, folder: Path) -> None:
     write_tokenizer_json(tokenizer, folder)
     text = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text.replace("<0x64>", "<0xZZ>"))
+
+
+def test_a_given_tokenizer_reads_and_pads_in_transformers_as_in_training(tmp_path):
+    from transformers import AutoTokenizer
+
+    given = tokenizers_lib.Tokenizer(tokenizers_lib.models.BPE())
+    given.pre_tokenizer = tokenizers_lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    given.decoder = tokenizers_lib.decoders.ByteLevel()
+    alphabet = tokenizers_lib.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers_lib.trainers.BpeTrainer(
+        vocab_size=260, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    given.train_from_iterator([TEXT], trainer)
+    tokenizer = HuggingFaceTokenizer(given.to_str().encode(), "<s>", "</s>")
+    folder = export(make_run(tmp_path / "run", make_config(), tokenizer), tmp_path / "hf")
+    loaded = AutoTokenizer.from_pretrained(folder)
+    batch = loaded([TEXT, "a"], add_special_tokens=False, padding=True)
+    assert batch.input_ids[0] == tokenizer.encode(TEXT).tolist()
+    assert batch.attention_mask[1][0] == 0
+    assert load_tokenizer(folder).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_user_defined_pieces_are_cut_out_in_transformers_too(model_type, tmp_path):
+    from sentencepiece import SentencePieceTrainer
+    from transformers import AutoTokenizer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.split()),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=330,
+        hard_vocab_limit=False,
+        model_type=model_type,
+        byte_fallback=True,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        user_defined_symbols=["<sep>", "def", "\n\n"],
+    )
+    tokenizer = SentencePieceTokenizer((tmp_path / "tokenizer.model").read_bytes())
+    assert user_defined(tokenizer) == ["<sep>", "def", "\n\n"]
+    write_tokenizer_json(tokenizer, tmp_path)
+    verify_tokenizer(tmp_path, tokenizer)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a<sep>b", "undefined", "a\n\n\nb", "<s>"):
+        ids, found = tokenizer.encode(text).tolist(), loaded(text, add_special_tokens=False).input_ids
+        assert found == ids or are_tied(tokenizer, ids, found)
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -257,10 +299,11 @@ def test_sentencepiece_models_with_a_normalizer_are_the_same_in_transformers(kin
     tokenizer = SentencePieceTokenizer((tmp_path / "tokenizer.model").read_bytes())
     write_tokenizer_json(tokenizer, tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    lines = source.split("\n")  # in a long text SentencePiece's fp32 sums of scores decide near ties
-    for text in [TEXT, "", "  ", " a\n\n\tb   ", "ﬁ ① ｆｕｌｌ Å e\u0301 <0x0A> <unk> < <<s>", *lines]:
+    texts = [TEXT, "", "  ", " a\n\n\tb   ", "ﬁ ① ｆｕｌｌ Å e\u0301 <0x0A> <unk> < <<s>"]
+    for text in [*texts, *source.split("\n")]:
         ids = tokenizer.encode(text).tolist()
-        assert loaded(text, add_special_tokens=False).input_ids == ids, text[:60]
+        found = loaded(text, add_special_tokens=False).input_ids
+        assert found == ids or are_tied(tokenizer, ids, found), text[:60]
         assert loaded.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
 
 
@@ -289,11 +332,14 @@ def test_tokenizers_are_the_same_in_transformers(kind, tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     texts = [TEXT, "", "  ", (ROOT / "training" / "config.py").read_text()]
     if kind != "characters":
+        spelled = [tokenizer._processor.piece_to_id(letter) for letter in "return"]
+        assert not are_tied(tokenizer, tokenizer.encode("return").tolist(), spelled)
         texts += ["\ufdd0 \ufdd00 \u2581\u2581 🙂 \x00\u200b", " a\n\n\n\tb   "]
     for text in texts:
         ids = tokenizer.encode(text).tolist()
-        assert loaded(text, add_special_tokens=False).input_ids == ids
-        assert loaded(text).input_ids == [tokenizer.bos_id, *ids]
+        found = loaded(text, add_special_tokens=False).input_ids
+        assert found == ids or are_tied(tokenizer, ids, found)
+        assert loaded(text).input_ids == [tokenizer.bos_id, *found]
         assert loaded.decode(ids, skip_special_tokens=True) == text
     assert (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id) == (0, 1, 2)
     assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
@@ -383,7 +429,7 @@ def take_in(published: Published) -> TransNormer:
     run_dir = published.path.parent / "run"
     import_main(ImportConfig(source=str(published.path), run_dir=str(run_dir)))
     assert not (published.path / "executed").exists()
-    return load_model(find_models(str(run_dir))[0]).model
+    return load_model(find_model(str(run_dir))).model
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from model_helpers import make_model
 
 from models.config import ModelConfig
 from models.generation import SamplingConfig, generate
@@ -27,14 +28,10 @@ VARIANTS = {
 
 
 def make_pair(**settings) -> tuple[TransNormer, TransnormerForCausalLM]:
-    """A training model and the same weights in transformers, large enough that every layer matters."""
+    """A training model and the same weights in transformers."""
     values = {"vocab_size": 64, "hidden_size": 32, "num_layers": 3, "num_heads": 2, "glu_size": 48}
     config = ModelConfig(**values | settings)
-    model = TransNormer(config, seed=1).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(6)
+    model = make_model(config)
     wrapped = TransnormerForCausalLM(TransnormerConfig(**published_fields(config)))
     wrapped.load_state_dict(model.state_dict())
     return model, wrapped.eval()
@@ -269,43 +266,46 @@ sys.path[:] = [path for path in sys.path if path not in ("", {root!r})]
 sys.path.insert(0, {folder!r})
 import modeling_transnormer as m
 assert m.lightning_attention.__module__ == "modeling_transnormer", "not alone"
-model = m.TransnormerForCausalLM.from_pretrained({folder!r}).eval()
-tokens, mask = torch.load({folder!r} + "/inputs.pt")
-with torch.no_grad():
-    output = model(tokens, attention_mask=mask, use_cache=True)
-    step = model(tokens[:, :1], cache=output[1])
-loss = model.train()(tokens, attention_mask=mask, labels=tokens).loss
-loss.backward()
-grads = {{name: p.grad for name, p in model.named_parameters()}}
-torch.save([output.logits, step.logits, loss.detach(), grads], {folder!r} + "/outputs.pt")
+for name in {names!r}:
+    folder = {folder!r} + "/" + name
+    model = m.TransnormerForCausalLM.from_pretrained(folder).eval()
+    tokens, mask = torch.load(folder + "/inputs.pt")
+    with torch.no_grad():
+        output = model(tokens, attention_mask=mask, use_cache=True)
+        step = model(tokens[:, :1], cache=output[1])
+    loss = model.train()(tokens, attention_mask=mask, labels=tokens).loss
+    loss.backward()
+    grads = {{name: p.grad for name, p in model.named_parameters()}}
+    torch.save([output.logits, step.logits, loss.detach(), grads], folder + "/outputs.pt")
 """
 
 
 @pytest.mark.parametrize("stranger", [False, True], ids=["no_kernels", "package_of_the_same_name"])
-@pytest.mark.parametrize("name", ["default", "hybrid"])
-def test_the_exported_file_alone_says_the_same(name, stranger, tmp_path):
-    _, wrapped = make_pair(**VARIANTS[name])
-    wrapped.save_pretrained(tmp_path)
+def test_the_exported_file_alone_says_the_same(stranger, tmp_path):
     (tmp_path / "modeling_transnormer.py").write_text(standalone_source())
     if stranger:  # what PyPI calls kernels has no such operator
         (tmp_path / "kernels.py").write_text("def get_kernel(name):\n    raise RuntimeError(name)\n")
     tokens = random_tokens(2, 150)
     mask = torch.ones_like(tokens)
     mask[0, :70] = 0
-    torch.save((tokens, mask), tmp_path / "inputs.pt")
-    code = RUN_ALONE.format(root=str(ROOT), folder=str(tmp_path))
+    models = {name: make_pair(**VARIANTS[name])[1] for name in ("default", "hybrid")}
+    for name, wrapped in models.items():
+        wrapped.save_pretrained(tmp_path / name)
+        torch.save((tokens, mask), tmp_path / name / "inputs.pt")
+    code = RUN_ALONE.format(root=str(ROOT), folder=str(tmp_path), names=list(models))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    logits, step, loss, grads = torch.load(tmp_path / "outputs.pt")
-    with torch.no_grad():
-        output = wrapped(tokens, attention_mask=mask, use_cache=True)
-        close(logits, output.logits)
-        close(step, wrapped(tokens[:, :1], cache=output[1]).logits)
-    expected = wrapped.train()(tokens, attention_mask=mask, labels=tokens).loss
-    close(loss, expected, 1e-6)
-    expected.backward()
-    for name, parameter in wrapped.named_parameters():
-        close(grads[name], parameter.grad, 2e-3 if name.endswith("theta") else 1e-4)  # θ's sum cancels
+    for name, wrapped in models.items():
+        logits, step, loss, grads = torch.load(tmp_path / name / "outputs.pt")
+        with torch.no_grad():
+            output = wrapped(tokens, attention_mask=mask, use_cache=True)
+            close(logits, output.logits)
+            close(step, wrapped(tokens[:, :1], cache=output[1]).logits)
+        expected = wrapped.train()(tokens, attention_mask=mask, labels=tokens).loss
+        close(loss, expected, 1e-6)
+        expected.backward()
+        for key, parameter in wrapped.named_parameters():
+            close(grads[key], parameter.grad, 2e-3 if key.endswith("theta") else 1e-4)  # θ's sum cancels
 
 
 def test_the_exported_file_is_complete_and_reads_no_environment():

@@ -36,7 +36,7 @@ def check(N, Dk, Dv, backend, bounds=None, B=1, dtype=torch.float32, tolerance=T
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
-    ("N", "Dk", "Dv"), [(1, 16, 24), (31, 24, 16), (32, 8, 64), (100, 64, 32), (130, 128, 96), (300, 16, 256)]
+    ("N", "Dk", "Dv"), [(1, 16, 24), (31, 24, 16), (32, 8, 64), (100, 64, 32), (130, 128, 96), (70, 16, 256)]
 )
 def test_outputs_and_gradients(N, Dk, Dv, backend):
     check(N, Dk, Dv, backend)
@@ -49,7 +49,7 @@ def test_packed_sequences(bounds, backend):
 
 
 def test_batches():
-    check(70, 16, 32, "triton", B=3)
+    check(50, 16, 32, "triton", B=2)
 
 
 def test_slices_of_a_fused_projection():

@@ -45,13 +45,45 @@ def run_as_main(name: str) -> None:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
-@pytest.mark.parametrize("name", [*(f"scripts.{script}" for script in scripts()), "eval.py", "train.py"])
+COMMANDS = [*(f"scripts.{script}" for script in scripts()), "eval.py", "train.py"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_answers_help(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.delitem(sys.modules, name, raising=False)  # which runpy would warn of
     with pytest.raises(SystemExit) as stop:
         run_as_main(name)
     assert stop.value.code == 0
     assert "Settings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        *((name, ["no_such=1"], "no_such: unknown setting") for name in COMMANDS),
+        ("eval.py", ["checkpoint=none"], "checkpoint=none: no such folder"),
+        ("scripts.generate", ["checkpoint=none"], "checkpoint=none: no such folder"),
+        ("scripts.plan", ["gpu=abacus"], "gpu=abacus is unknown"),
+        ("scripts.report", ["run_dir=none"], "run_dir=none"),
+        ("scripts.sweep", ["sweep=nosuch"], "nosuch"),
+        ("scripts.sweep", ["retry=[waiting]"], "Allowed: done, oom, failed"),
+        ("scripts.prepare_data", ["data=text", "data.path=none"], "data.path=none"),
+        ("scripts.train_tokenizer", ["tokenizer=bytes", "output=OUT"], "tokenizer=bytes is not trained"),
+    ],
+)
+def test_every_command_refuses_with_2_and_a_line(name, arguments, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        run_as_main(name)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") <= 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_readme_names_every_script():

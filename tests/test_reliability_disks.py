@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import reliability_faults
 from reliability_checks import train
-from training_helpers import lines, write_text
+from training_helpers import lines
 
 from training import setup
 from training.checkpoint import newest_checkpoint
@@ -19,11 +19,6 @@ from training.run_folder import RunFolder
 from training.state import RunState
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("corpus") / "text")
 
 
 @contextlib.contextmanager

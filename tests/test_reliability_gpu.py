@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from reliability_checks import assert_same_results, wait_for
 from training_helpers import ROOT, environment, lines, write_text
 
 from training.checkpoint import newest_checkpoint
+from training.distributed import free_port
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -43,9 +43,7 @@ class Ranks:
     """The processes of one start, as a launcher makes them, with faults by rank."""
 
     def __init__(self, text: Path, run_dir: Path, *more: str, num_ranks: int = 1, faults=None, **variables):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         arguments = [f"data.path={text}", f"data.cache_dir={text.parent / 'cache'}", f"run_dir={run_dir}"]
         command = [sys.executable, "tests/reliability_faults.py", *SETTINGS, *arguments, *more]
         by_rank = {str(rank): [("impatient",), *rank_faults] for rank, rank_faults in (faults or {}).items()}

@@ -16,13 +16,8 @@ from training.checkpoint import CheckpointError, list_checkpoints, newest_checkp
 
 pytestmark = pytest.mark.slow
 
-STEPS = 24
+STEPS = 16
 SHAPE = (f"max_steps={STEPS}", "model.dropout=0.1", "sample_every=5", "sample_tokens=4", "eval_every=7")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("corpus") / "text")
 
 
 def assert_same_run(run_dir: Path, whole: Path, last_step: int = STEPS) -> None:

@@ -7,17 +7,12 @@ from pathlib import Path
 
 import pytest
 from reliability_checks import train
-from training_helpers import lines, write_text
+from training_helpers import lines
 
 from training.checkpoint import list_checkpoints, newest_checkpoint
 from training.spikes import MIN_STEPS, remember, spike_limit
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("corpus") / "text")
 
 
 def poisoned_run(text, folder: Path, stage: int, precision: str, value: float, rank: int) -> None:

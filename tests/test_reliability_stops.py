@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from reliability_checks import QUICK, train, wait_for
-from training_helpers import ROOT, environment, lines, settings, write_text
+from training_helpers import ROOT, environment, lines, settings
 
 from training.checkpoint import newest_checkpoint
 
@@ -21,11 +21,6 @@ pytestmark = pytest.mark.slow
 PHASES = ("data wait", "forward", "backward", "step", "evaluation", "sampling", "save", "first compile")
 STOP_SECONDS = 20
 WITH_ALL_PHASES = ("eval_every=1", "sample_every=1", "sample_tokens=8", "max_steps=100000")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("corpus") / "text")
 
 
 def assert_stopped_at_a_checkpoint(run_dir: Path) -> None:
@@ -163,8 +158,8 @@ def test_a_rank_that_waits_for_one_that_never_came_leaves_at_once(text, tmp_path
 
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_rank_that_dies_before_it_joins_is_named_by_the_other(dead, text, tmp_path):
-    """As after an import error; no launcher notices it here. The limit is 50 s, 6 in this test."""
-    more = ("max_steps=3", "engine.join_seconds=6")
+    """As after an import error; no launcher notices it here. The limit is 50 s, 3 in this test."""
+    more = ("max_steps=3", "engine.join_seconds=3")
     ranks = train(text, tmp_path / "run", *more, num_ranks=2, faults={dead: [("never_start",)]})
     codes = ranks.wait()
     assert (codes[dead], codes[1 - dead]) == (-signal.SIGKILL, 1)
@@ -218,12 +213,12 @@ def test_a_killed_rank_is_named_by_the_other_which_goes_too(rank, phase, text, t
     kill_a_rank(text, tmp_path, rank, phase)
 
 
-def stand_still(text: Path, folder: Path, rank: int, fault: str, phase: str, seconds: int = 8) -> str:
-    """Returns the report of the ranks, which comes after so many seconds; 8 is a limit that is set here."""
+def stand_still(text: Path, folder: Path, rank: int, fault: str, phase: str, seconds: int = 5) -> str:
+    """Returns the report of the ranks, which comes after so many seconds; 5 is a limit that is set here."""
     run_dir = folder / "run"
     faults = {each: [("impatient",)] for each in range(2)}
     faults[rank].append((fault, phase, 2))
-    limit = ["engine.watchdog_seconds=8"] if seconds == 8 else []
+    limit = ["engine.watchdog_seconds=5"] if seconds == 5 else []
     ranks = train(text, run_dir, *WITH_ALL_PHASES, *limit, num_ranks=2, faults=faults)
     codes = ranks.wait(60)
     assert None not in codes, "a rank hangs"
@@ -245,8 +240,8 @@ def test_ranks_that_stand_still_are_reported_and_end(fault, rank, phase, text, t
 
 
 def test_a_rank_that_a_signal_holds_is_not_waited_for_until_the_limit(text, tmp_path):
-    """The limit is that of the settings, minutes; STOPPED_SECONDS is 12 here and 30 in earnest."""
-    assert "stopped, or its host is gone" in stand_still(text, tmp_path, 1, "freeze_in", "forward", 12)
+    """The limit is that of the settings, minutes; STOPPED_SECONDS is 7 here and 30 in earnest."""
+    assert "stopped, or its host is gone" in stand_still(text, tmp_path, 1, "freeze_in", "forward", 7)
 
 
 @pytest.mark.torture

@@ -1,8 +1,6 @@
 """scripts.plan: its figures against hand calculation, and what it refuses."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -97,12 +95,3 @@ def test_parts_of_llama_add_up():
 def test_refuses_bad_settings(capsys, arguments, message):
     with pytest.raises(SettingError, match=message):
         plan(capsys, *arguments)
-
-
-def test_command_exits_with_2_and_one_line():
-    command = [sys.executable, "-m", "scripts.plan", "gpu=abacus"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: gpu=abacus")
-    assert done.stderr.count("\n") == 1

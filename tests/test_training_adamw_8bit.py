@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from training_helpers import lines, run, settings, write_text
+from training_helpers import lines, run, settings
 
 from training.adamw_8bit import AdamW8bit, dequantize, dequantize_sq, quantize, quantize_sq
 
@@ -82,8 +82,7 @@ def test_moments_unpacked_for_a_save_leave_the_next_step_as_it_was():
 @pytest.mark.parametrize(
     "stage", [pytest.param(0, marks=pytest.mark.torture), 1, pytest.param(3, marks=pytest.mark.torture)]
 )
-def test_a_resumed_run_is_the_run_that_never_stopped(stage, tmp_path):
-    text = write_text(tmp_path / "corpus" / "text")
+def test_a_resumed_run_is_the_run_that_never_stopped(stage, text, tmp_path):
     more = [f"engine=zero{stage}", "schedule.total_steps=5", "optim=adamw_8bit"]
     for name, steps in (("whole", (5,)), ("parts", (2, 5))):
         for max_steps in steps:

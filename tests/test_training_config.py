@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
-from training_helpers import run, settings, write_text
+from training_helpers import run, settings
 
 from data.errors import DataError
-from scripts.benchmark_kernels import BenchmarkConfig
+from scripts.benchmark_kernels import KernelBenchmarkConfig
 from scripts.sweep import SweepConfig
 from training.config import (
     TrainConfig,
@@ -26,13 +26,14 @@ from training.config import (
     to_dict,
 )
 from training.errors import SettingError
-from training.memory import resolve_micro_batch
 from training.optimizer import ScheduleConfig, default_lr, lr_factor
 
 REFUSED = [
     ("modle=tnl-1b", "modle: unknown setting. Did you mean model?"),
     ("model.num_head=3", "Did you mean model.num_heads?"),
     ("model=tnl-9b", "Allowed: llama-13b"),
+    ("micro_batch_size=)(", "a number of sequences, or auto"),
+    ("micro_batch_size=1,2", "a number of sequences, or auto"),
     ("seq_len=0", "seq_len=0 must be at least 1"),
     ("seq_len=many", "seq_len=many: must be a whole number."),
     ("seq_len=null", "seq_len=null: must be a whole number."),
@@ -152,7 +153,7 @@ def test_text_may_stand_in_hydras_quotes_and_name_other_settings():
     [("64", [64]), ("64,128", [64, 128]), ("[64,128]", [64, 128]), ("[64]", [64]), ("null", None)],
 )
 def test_a_list_may_leave_its_brackets_out(given, lengths):
-    assert compose(BenchmarkConfig, [f"lengths={given}"]).lengths == lengths
+    assert compose(KernelBenchmarkConfig, [f"lengths={given}"]).lengths == lengths
 
 
 def test_a_list_of_settings_needs_no_quotes():
@@ -165,7 +166,7 @@ def test_a_list_of_settings_needs_no_quotes():
     with pytest.raises(
         SettingError, match=r"lengths=1k: must be a list of whole numbers, as \[1024,8192\], or null"
     ):
-        compose(BenchmarkConfig, ["lengths=1k"])
+        compose(KernelBenchmarkConfig, ["lengths=1k"])
 
 
 def test_an_experiment_is_recorded_by_name():
@@ -188,6 +189,32 @@ def test_sweep_points_cross_in_order():
         ["seq_len=2", "seed=0", "max_steps=3"],
         ["seq_len=2", "seed=1", "max_steps=3"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "values"),
+    [
+        ("sample_prompt=a b,c d", ["a b", "c d"]),
+        ("data.path=my dir/é.txt, b.txt", ["my dir/é.txt", "b.txt"]),
+        ("sample_prompt='a, b','c'", ["'a, b'", "'c'"]),
+        ("sample_prompt='ä, b'", ["'ä, b'"]),
+        ("engine.fp8=true,false", ["True", "False"]),
+        ("a=[1,2],[3]", ["[1,2]", "[3]"]),
+    ],
+)
+def test_values_of_a_sweep_stand_as_they_were_written(argument, values):
+    key = argument.split("=")[0]
+    assert sweep_points([argument]) == [[f"{key}={value}"] for value in values]
+
+
+@pytest.mark.parametrize("value", ["range(3,0)", "range(0,4,0)", "glob(tnl-*)", "interval(0,1)"])
+def test_sweeps_without_a_list_of_values_are_refused(value):
+    with pytest.raises(SettingError, match=r"^seed="):
+        sweep_points([f"seed={value}"])
+
+
+def test_no_experiment_is_the_default():
+    assert compose(TrainConfig, ["experiment=null"], "train") == compose(TrainConfig, [], "train")
 
 
 @pytest.mark.parametrize("given", [["--local_rank=3"], ["--local-rank", "3"], ["--local_rank", "3"]])
@@ -237,30 +264,13 @@ def test_precision_follows_the_machine(has_units, precision, monkeypatch):
     assert compose(TrainConfig, [], "train").engine.precision == precision
 
 
-def test_micro_batches_divide_the_step():
-    config = TrainConfig(seq_len=1000, batch_tokens=24000)
-    cpu = torch.device("cpu")
-    assert resolve_micro_batch(config, 1, cpu, None) == 8  # the largest divisor of 24 in 8,192 tokens
-    assert resolve_micro_batch(config, 2, cpu, None) == 6
-    assert resolve_micro_batch(config, 1, cpu, wish=5) == 4
-    with pytest.raises(SettingError, match="5 ranks can't share"):
-        resolve_micro_batch(config, 5, cpu, None)
-    with pytest.raises(SettingError, match="allowed are 1, 2, 3, 4, 6, 8, 12, 24"):
-        resolve_micro_batch(replace(config, micro_batch_size=5), 1, cpu, None)
-
-
-def test_bad_input_ends_with_2_and_at_most_two_lines(tmp_path):
-    text = write_text(tmp_path / "text")
-    (tmp_path / "empty").mkdir()
+def test_bad_input_ends_with_2_and_at_most_two_lines(text, tmp_path):
     (tmp_path / "binary").mkdir()
     (tmp_path / "binary" / "a.txt").write_bytes(b"ok \xff\xfe")
     for more, expected in [
-        (["seq_len=0"], "seq_len=0"),
-        ([f"data.path={tmp_path / 'empty'}"], "empty"),
         ([f"data.path={tmp_path / 'binary'}"], "a.txt"),
         (["resume=must"], "resume=must"),
         (["model.backend=triton", "max_steps=1"], "backend"),
-        (["seq_len=1024", "batch_tokens=65536", "data.valid_fraction=0.9"], "seq_len"),
     ]:
         result = run(["train.py", *settings(text, tmp_path / "run", *more)])
         assert result.returncode == 2, (more, result.stderr)
@@ -270,8 +280,7 @@ def test_bad_input_ends_with_2_and_at_most_two_lines(tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
-def test_a_half_set_launcher_environment_is_refused(tmp_path):
-    text = write_text(tmp_path / "text")
+def test_a_half_set_launcher_environment_is_refused(text, tmp_path):
     result = run(["train.py", *settings(text, tmp_path / "run")], RANK="0")
     assert result.returncode == 2
     assert "WORLD_SIZE" in result.stderr

@@ -6,7 +6,9 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from model_helpers import make_model
 
+from data.tokenizer import ByteTokenizer
 from models.config import ModelConfig
 from models.transnormer import TransNormer
 from training.distributed import World
@@ -21,11 +23,7 @@ def tiny_model(**settings) -> TransNormer:
     config = ModelConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=2, glu_size=48, **settings
     )
-    model = TransNormer(config, seed=3).eval()
-    with torch.no_grad():  # the initial model predicts nearly the same everywhere: make it differ
-        for parameter in model.parameters():
-            parameter.mul_(4.0)
-    return model
+    return make_model(config, seed=3)
 
 
 def make_documents(*lengths: int) -> list[EvalDocument]:
@@ -178,6 +176,15 @@ def test_documents_are_cut_at_max_tokens():
     assert [document.ids.tolist() for document in cut] == [[0, 5, 6, 1], [0, 7, 8]]
     assert [(document.num_bytes, document.num_words) for document in cut] == [(6, 2), (6, 2)]
     assert len(documents_of(split, WordTokenizer(), max_tokens=3)) == 1
+
+
+@pytest.mark.parametrize("max_tokens", range(1, 11))
+def test_bytes_are_those_of_the_scored_tokens_within_a_character_too(max_tokens):
+    tokenizer = ByteTokenizer()
+    text = "é語🙂!"
+    ids = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
+    (document,) = documents_of([(ids, len(text.encode()))], tokenizer, max_tokens)
+    assert document.num_bytes == max_tokens
 
 
 def test_too_short_or_empty_text_is_refused():

@@ -5,16 +5,11 @@ import math
 from pathlib import Path
 
 import pytest
-from training_helpers import lines, run, settings, write_text
+from training_helpers import lines, run, settings
 
 from training.metrics import MetricsFile
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("corpus") / "text")
 
 
 def train(text: Path, run_dir: Path, *more: str) -> dict[int, dict]:

@@ -155,6 +155,10 @@ def test_resolve_micro_batch():
         resolve_micro_batch(fixed, 1, CPU, None)
     with pytest.raises(SettingError, match=r"batch_tokens=65536 .* 3 ranks .*multiple of 3072"):
         resolve_micro_batch(config, 3, CPU, None)
+    uneven = settings("seq_len=1000", "batch_tokens=24000", "tokenizer=bytes")
+    assert resolve_micro_batch(uneven, 1, CPU, None) == 8  # the largest divisor of 24 in 8,192 tokens
+    assert resolve_micro_batch(uneven, 2, CPU, None) == 6
+    assert resolve_micro_batch(uneven, 1, CPU, wish=5) == 4
 
 
 def test_vocabulary_follows_the_tokenizer():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from training_helpers import lines, run, settings, write_text
+from training_helpers import lines, run, settings
 
 from data.loader import Batch, TrainLoader, shorten
 from data.shards import TokenSplit
@@ -65,8 +65,7 @@ def test_a_ramp_that_does_not_fit_is_refused(more, explanation):
 
 
 @pytest.mark.slow
-def test_a_run_with_a_ramp_resumes_as_if_it_had_not_stopped(tmp_path):
-    text = write_text(tmp_path / "text")
+def test_a_run_with_a_ramp_resumes_as_if_it_had_not_stopped(text, tmp_path):
     more = ["schedule.ramp_steps=4", "schedule.ramp_seq_len=8", "schedule.ramp_batch_tokens=64"]
     more += ["schedule.total_steps=6", "micro_batch_size=1"]
     for name, stops in (("whole", [6]), ("parts", [3, 6])):

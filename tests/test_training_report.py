@@ -2,14 +2,14 @@
 
 import json
 import shlex
-import subprocess
-import sys
 
 import pytest
+import yaml
 
 from models.config import ModelConfig
 from training.config import TrainConfig, compose, flatten, load_saved_config, override, save_config
-from training.report import fenced, write_report
+from training.errors import SettingError
+from training.report import fenced, write_run_report
 from training.run_folder import RunFolder
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -55,7 +55,7 @@ def make_folder(path) -> RunFolder:
 
 def test_full_report(tmp_path):
     folder = make_folder(tmp_path / "run")
-    write_report(folder)
+    write_run_report(folder)
     report = folder.report.read_text()
     assert report.startswith("# run\n")
     assert f"{ModelConfig(vocab_size=300).num_parameters():,} parameters" in report
@@ -77,7 +77,7 @@ def test_report_without_one_input(tmp_path, missing):
     path = folder.path / missing
     for file in path.glob("*") if path.is_dir() else [path]:
         file.unlink()
-    write_report(folder)
+    write_run_report(folder)
     report = folder.report.read_text()
     sections = {"config.yaml": "Settings", "metrics.jsonl": "Final figures", "samples.jsonl": "Samples"}
     for name, section in (sections | {"eval": "Evaluations"}).items():
@@ -86,7 +86,7 @@ def test_report_without_one_input(tmp_path, missing):
 
 def test_report_of_an_empty_folder(tmp_path):
     folder = RunFolder(tmp_path)
-    write_report(folder)
+    write_run_report(folder)
     assert "Nothing has been trained here yet." in folder.report.read_text()
     assert not folder.plots.exists()
 
@@ -95,10 +95,41 @@ def test_damaged_evaluation_is_named(tmp_path):
     folder = make_folder(tmp_path / "run")
     (folder.evaluations / "step_00000009-cut.json").write_text('{"results": [{"seq_')
     (folder.evaluations / "step_00000010-list.json").write_text("[]")
-    write_report(folder)
+    write_run_report(folder)
     report = folder.report.read_text()
     assert "`eval/step_00000009-cut.json` can't be read" in report
     assert "`eval/step_00000010-list.json` can't be read" in report
+
+
+RESULT = {"seq_len": 8, "tokens": 9, "loss": 1.5, "bits_per_byte": 0.5, "window": "disjoint"}
+
+
+@pytest.mark.parametrize(
+    "results", [["a"], {"a": 1}, "abc", [RESULT | {"loss_low": 1.4}], [RESULT | {"perplexity": "x"}]]
+)
+def test_an_evaluation_of_wrong_kinds_is_named(results, tmp_path):
+    folder = make_folder(tmp_path / "run")
+    evaluation = {"data": "other", "results": results}
+    (folder.evaluations / "step_00000010-other.json").write_text(json.dumps(evaluation))
+    write_run_report(folder)
+    assert "`eval/step_00000010-other.json` can't be read" in folder.report.read_text()
+
+
+def test_an_evaluation_needs_no_optional_figures(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    evaluation = {"checkpoint": "exports/x", "data": "other", "results": [RESULT]}
+    (folder.evaluations / "x-other.json").write_text(json.dumps(evaluation))
+    write_run_report(folder)
+    (row,) = (line for line in folder.report.read_text().splitlines() if line.startswith("| x | other"))
+    assert row == "| x | other | 8 | disjoint | – | 9 | 1.5000 | – | – | – | 0.5000 |"
+
+
+def test_a_length_of_another_kind_is_refused(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    settings = yaml.safe_load(folder.config.read_text()) | {"seq_len": ["8"]}
+    folder.config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(SettingError, match="seq_len"):
+        write_run_report(folder)
 
 
 def test_resume_command_gives_the_same_settings(tmp_path):
@@ -111,7 +142,7 @@ def test_resume_command_gives_the_same_settings(tmp_path):
     config = compose(TrainConfig, arguments, "train")
     assert config.sample_prompt == 'it\'s "x", {y}'
     save_config(config, folder.config)
-    write_report(folder)
+    write_run_report(folder)
     command = next(line for line in folder.report.read_text().splitlines() if "train.py" in line)
     words = shlex.split(command)
     assert words[:2] == ["python", "train.py"]
@@ -128,11 +159,3 @@ def test_override_quotes_what_hydra_would_read_otherwise():
 def test_fence_is_longer_than_the_text_s():
     assert fenced("a") == "```text\na\n```"
     assert fenced("````") == "`````text\n````\n`````"
-
-
-def test_script_refuses_a_missing_folder(tmp_path):
-    command = [sys.executable, "-m", "scripts.report", f"run_dir={tmp_path / 'none'}"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert "run_dir=" in result.stderr

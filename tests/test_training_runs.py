@@ -8,20 +8,18 @@ import time
 from pathlib import Path
 
 import pytest
-from training_helpers import ROOT, assert_same_state, finish, lines, run, settings, start, write_text
+from forked_ranks import launch
+from training_helpers import assert_same_state, finish, lines, run, settings, start, write_text
 
+import train
 from training.checkpoint import list_checkpoints, newest_checkpoint
-from training.config import load_saved_config
+from training.config import TrainConfig, compose, load_saved_config
 from training.optimizer import default_lr
+from training.state import saved_state
 
 pytestmark = pytest.mark.slow
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("corpus") / "text")
 
 
 @pytest.fixture(scope="module")
@@ -118,37 +116,16 @@ def test_a_finished_run_says_so_and_stays_as_it_is(text, reference):
     assert hashlib.sha256((reference / "metrics.jsonl").read_bytes()).hexdigest() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_checkpoint_to_go_on_from(number, text, tmp_path):
-    run_dir = tmp_path / "run"
-    arguments = ["train.py", *settings(text, run_dir, "max_steps=100000")]
-    processes = start(arguments, num_ranks=2)
-    try:
-        wait_for_step(run_dir, 3)
-        processes[1].send_signal(number)  # the other rank hears of it
-        results = finish(processes, timeout=60)
-    finally:
-        for process in processes:
-            process.kill()
-    assert [result.returncode for result in results] == [75, 75], results[0].stderr
-    newest = newest_checkpoint(run_dir / "checkpoints")
-    assert newest.step == max(lines(run_dir))
-    assert "run the same command to go on" in results[0].stderr
-
-
 def test_asked_twice_a_run_stops_at_once_in_a_line(text, tmp_path):
-    (process,) = start(["train.py", *settings(text, tmp_path / "run", "max_steps=100000")])
-    try:
-        wait_for_step(tmp_path / "run", 2)
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        (result,) = finish([process], timeout=60)
-    finally:
-        process.kill()
-    assert result.returncode in (1, 75), result.stderr  # 75: it had saved already
-    assert "Traceback" not in result.stderr
-    assert "the same command" in result.stderr.splitlines()[-1]
+    command = ["train.py", *settings(text, tmp_path / "run", "max_steps=100000")]
+    ranks = launch(tmp_path / "logs", command)
+    wait_for_step(tmp_path / "run", 2)
+    ranks.signal(signal.SIGINT, 0)
+    time.sleep(0.02)
+    ranks.signal(signal.SIGINT, 0)
+    assert ranks.wait(60)[0] in (1, 75), ranks.stderr()  # 75: it had saved already
+    assert "Traceback" not in ranks.stderr()
+    assert "the same command" in ranks.stderr().splitlines()[-1]
 
 
 def test_workers_go_when_their_parent_dies(text, tmp_path):
@@ -171,20 +148,6 @@ def wait_for_step(run_dir: Path, step: int) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"no step {step} in {run_dir}")
-
-
-def test_a_second_start_on_a_running_folder_is_refused(text, tmp_path):
-    run_dir = tmp_path / "run"
-    arguments = ["train.py", *settings(text, run_dir, "max_steps=100000")]
-    processes = start(arguments)
-    try:
-        wait_for_step(run_dir, 1)
-        second = run(arguments)
-        assert second.returncode == 2
-        assert f"process {processes[0].pid}" in second.stderr
-    finally:
-        processes[0].send_signal(signal.SIGTERM)
-        assert finish(processes, timeout=60)[0].returncode == 75
 
 
 def test_a_damaged_checkpoint_is_passed_over(text, reference, tmp_path):
@@ -214,6 +177,20 @@ def test_with_every_checkpoint_damaged_two_lines_say_what_to_do(text, tmp_path):
     assert "step_00000002 is no complete checkpoint" in result.stderr
     assert "resume=never overwrite=true" in result.stderr
     assert len(result.stderr.strip().splitlines()) <= 2
+
+
+def test_a_run_is_overwritten_when_its_successor_is_ready(text, tmp_path):
+    run_dir = tmp_path / "run"
+    assert run(["train.py", *settings(text, run_dir, "save_every=1", "max_steps=3")]).returncode == 0
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    anew = [*settings(text, run_dir, "max_steps=2"), "resume=never", "overwrite=true"]
+    refused = run(["train.py", *anew, "data.path=nowhere"])
+    assert refused.returncode == 2
+    assert all(path.read_bytes() == content for path, content in before.items() if path.suffix != ".lock")
+    result = run(["train.py", *anew])
+    assert result.returncode == 0, result.stderr
+    assert sorted(lines(run_dir)) == [1, 2]
+    assert [path.name for path in list_checkpoints(run_dir / "checkpoints")] == ["step_00000002"]
 
 
 def test_runs_and_sweeps_have_folders_of_their_own(text, tmp_path):
@@ -253,6 +230,16 @@ def test_an_open_learning_rate_is_that_of_the_run_or_of_the_width(text, tmp_path
         assert sorted(lines(tmp_path / given)) == [1, 2]
 
 
+def test_the_micro_batch_that_auto_chose_may_be_named(text, tmp_path):
+    arguments = settings(text, tmp_path / "run", "micro_batch_size=auto", "save_every=1")
+    assert run(["train.py", *arguments, "max_steps=1"]).returncode == 0
+    chosen = saved_state(newest_checkpoint(tmp_path / "run" / "checkpoints")).micro_batch_size
+    refused = run(["train.py", *arguments, f"micro_batch_size={chosen // 2}", "max_steps=2"])
+    assert refused.returncode == 2
+    assert f"micro_batch_size={chosen // 2} (run: {chosen})" in refused.stderr
+    assert run(["train.py", *arguments, f"micro_batch_size={chosen}", "max_steps=2"]).returncode == 0
+
+
 def test_resume_refuses_changed_data(text, reference, tmp_path):
     other = write_text(tmp_path / "other", num_documents=41)
     arguments = settings(text, reference, "max_steps=99", f"data.path={other}")
@@ -269,13 +256,31 @@ def test_an_initialised_run_starts_from_the_weights_of_another(text, reference, 
     assert curve(tmp_path / "run")[0][0] < losses[0] - 0.1
 
 
-def test_multirun_gives_each_point_a_folder(text, tmp_path):
-    arguments = settings(text, tmp_path / "runs", "max_steps=1", "optim.beta2=0.9,0.99")
-    result = run(["train.py", "-m", *arguments])
-    assert result.returncode == 0, result.stderr
-    for point in ("optim.beta2-0.9", "optim.beta2-0.99"):
-        assert list(lines(tmp_path / "runs" / point)) == [1]
-        assert (tmp_path / "runs" / point / "report.md").exists()
+def test_multirun_gives_each_point_a_folder(text, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(train, "run_point", lambda command: started.append(command[2:]) or 5 - len(started))
+    arguments = settings(text, tmp_path / "runs", "optim.beta2=0.9,0.99", "model.dropout=0,0.1")
+    assert train.multirun(arguments) == 4  # the first that is not 0; the others run all the same
+    configs = [compose(TrainConfig, command, "train") for command in started]
+    assert [Path(config.run_dir).relative_to(tmp_path / "runs").name for config in configs] == [
+        f"optim.beta2-{beta2}_model.dropout-{dropout}" for beta2 in (0.9, 0.99) for dropout in ("0", "0.1")
+    ]
+    assert [config.optim.beta2 for config in configs] == [0.9, 0.9, 0.99, 0.99]
+    assert [config.model.dropout for config in configs] == [0, 0.1, 0, 0.1]
+
+
+def test_multirun_ends_with_a_point_that_was_stopped(text, tmp_path, monkeypatch):
+    codes = iter([0, 75])
+    monkeypatch.setattr(train, "run_point", lambda command: next(codes))
+    assert train.multirun(settings(text, tmp_path / "runs", "seed=1,2,3")) == 75
+
+
+def test_a_run_draws_its_report(text, tmp_path):
+    arguments = settings(text, tmp_path / "run", "max_steps=1")
+    ranks = launch(tmp_path / "logs", ["train.py", *arguments], faults={0: [("real_report",)]})
+    assert ranks.wait() == [0], ranks.stderr()
+    assert (tmp_path / "run" / "report.md").exists()
+    assert list((tmp_path / "run" / "plots").glob("*.png"))
 
 
 def test_multirun_of_one_point_is_refused(text, tmp_path):
@@ -333,12 +338,6 @@ def test_metrics_hold_the_promised_fields(reference):
     promised = ["step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "mfu"]
     assert set(promised) | {"peak_memory_gib", "step_ms"} <= set(line)
     assert (line["tokens"], line["mfu"]) == (256, None)
-
-
-def test_local_rank_is_dropped(text, tmp_path):
-    arguments = settings(text, tmp_path / "run", "max_steps=1")
-    assert run(["train.py", "--local_rank=0", *arguments]).returncode == 0
-    assert (ROOT / "train.py").exists()
 
 
 def test_a_run_builds_no_extension_whose_lock_could_outlive_it(text, tmp_path, monkeypatch):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from training_helpers import lines, run, settings, write_text
+from model_helpers import make_model
+from training_helpers import lines, run, settings
 
 from data.loader import Batch
 from models.config import ModelConfig
@@ -31,14 +32,9 @@ class PlainEngine:
         loss.backward()
 
 
-def make_model(**changes) -> TransNormer:
+def tiny_model(**changes) -> TransNormer:
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_layers": 3, "num_heads": 2, "glu_size": 48}
-    model = TransNormer(ModelConfig(**sizes | changes), seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(6)
-    return model
+    return make_model(ModelConfig(**sizes | changes)).train()
 
 
 def make_batch(num_rows: int, length: int, bounds: list[int] | None) -> Batch:
@@ -66,7 +62,7 @@ def make_batch(num_rows: int, length: int, bounds: list[int] | None) -> Batch:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_gradients_are_those_of_the_whole(num_rows, bounds, chunk_tokens, recompute):
     batch = make_batch(num_rows, 96, bounds)
-    whole, cut_up = make_model(lrpe="all"), make_model(lrpe="all", activation_checkpointing=recompute)
+    whole, cut_up = tiny_model(lrpe="all"), tiny_model(lrpe="all", activation_checkpointing=recompute)
     loss = whole(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)
     (loss / 7).backward()
     engine = PlainEngine(cut_up)
@@ -83,9 +79,9 @@ def test_gradients_come_through_the_state():
     """Without them an early token's share in later chunks' losses would be missing."""
     batch = make_batch(1, 64, None)
     batch.targets[:, :-8] = -100  # only the last chunk is scored
-    model = make_model()
+    model = tiny_model()
     backward_in_chunks(PlainEngine(model), model.config, cut(batch, 16), 1.0, CPU, is_last=True)
-    reference = make_model()
+    reference = tiny_model()
     reference(batch.tokens, batch.targets).backward()
     early = batch.tokens[0, :16].unique()
     expected = reference.model.embed_tokens.weight.grad[early]
@@ -93,8 +89,7 @@ def test_gradients_come_through_the_state():
 
 
 @pytest.mark.slow
-def test_a_run_in_chunks_has_the_curve_of_the_run_without(tmp_path):
-    text = write_text(tmp_path / "corpus" / "text")
+def test_a_run_in_chunks_has_the_curve_of_the_run_without(text, tmp_path):
     for name, chunk in (("whole", 0), ("chunks", 48)):
         more = ["engine=zero2", "max_steps=4", "seq_len=512", "batch_tokens=1024", "layer_stats_every=4"]
         more.append(f"engine.sequence_chunk={chunk}")

@@ -11,9 +11,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from forked_ranks import ROOT, environment, free_port, launch
+from forked_ranks import ROOT, environment, launch
 
 from training.checkpoint import open_checkpoint
+from training.distributed import free_port
 
 TINY = [
     "tokenizer=bytes",

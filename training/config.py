@@ -17,15 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString, Transformer
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
@@ -113,8 +114,6 @@ class EngineConfig:
 
 def native_precision() -> str:
     """bf16 on GPUs and CPUs that have units for it; fp32 elsewhere, where it would be emulated."""
-    import torch
-
     if torch.cuda.is_available():
         has_units = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -153,9 +152,9 @@ class TrainConfig:
     eval_tokens: int = 262144
     sample_prompt: str = "def "
     sample_tokens: int = 128
-    max_skipped_steps: int = 10  # stop after this many steps in a row with a non-finite gradient
-    spike_action: str = "report"  # of a loss spike: report, rollback (go back and leave its batch out), none
-    allow_changed_data: bool = False  # resume although data or tokenizer are not the run's
+    max_skipped_steps: int = 10
+    spike_action: str = "report"
+    allow_changed_data: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -253,7 +252,11 @@ def compose(schema: type, arguments: list[str], config_name: str | None = None):
     ConfigStore.instance().store(name=f"{config_name or 'settings'}_schema", node=schema)
     pairs = [_split(argument) for argument in arguments]
     given = dict(pairs)
-    overrides = [_as_hydra_reads(key, value, schema, config_name) for key, value in pairs]
+    overrides = [
+        _as_hydra_reads(key, value, schema, config_name)
+        for key, value in pairs
+        if (key, value) != ("experiment", "null")  # as without it
+    ]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -290,14 +293,16 @@ def _as_hydra_reads(key: str, value: str, schema: type, config_name: str | None)
     kind = _type_of(key, schema)
     if is_dataclass(kind) or key == "experiment":
         choices = sorted(path.stem for path in (CONFIG_DIR / key).glob("*.yaml"))
-        if value not in choices and (key, value) != ("experiment", "null"):
+        if value not in choices:
             allowed = f"Allowed: {', '.join(choices)}." if choices else f"Set its parts: {key}.<part>=value."
             raise SettingError(f"{key}={value}: unknown. {allowed}")
         return f"{key}={value}"
     kinds = get_args(kind) or (kind,)
-    if (value == "null" and NoneType in kinds) or kind is Any:
+    if value == "null" and NoneType in kinds:
         return f"{key}={value}"
     parsed = _parse(f"{key}={value}")
+    if kind is Any:  # micro_batch_size, the only one: the schema says what is allowed
+        return f"{key}={value}" if parsed and not parsed.is_sweep_override() else f"{key}='{_escaped(value)}'"
     if _is_list(kind):
         return f"{key}={value if parsed is not None and value.startswith('[') else _list_of(key, value)}"
     if str in kinds:
@@ -371,7 +376,8 @@ def override(key: str, value: Any) -> str:
 
 
 def _no_interpolation(text: str) -> str:
-    return text.replace("${", "\\${")
+    """`${` as text: OmegaConf halves the backslashes before it, and takes an odd one as its escape."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
 
 
 def _explain(error: Exception, schema: type, given: dict[str, str]) -> str:
@@ -507,13 +513,32 @@ def sweep_points(arguments: list[str]) -> list[list[str]]:
     """
     points: list[list[str]] = [[]]
     for argument in {argument.split("=", 1)[0]: argument for argument in arguments}.values():
-        parsed = _parse(argument)  # None for plain text, which compose quotes
-        if parsed is not None and parsed.is_sweep_override():
-            choices = [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]
-        else:
-            choices = [argument]
+        choices = _choices(argument)
+        if not choices:
+            raise SettingError(f"{argument}: names no value.")
         points = [[*point, choice] for point in points for choice in choices]
     return points
+
+
+def _choices(argument: str) -> list[str]:
+    """A setting for each value that `key=a,b` names; texts stand in it without Hydra's escapes."""
+    parsed = _parse(argument)
+    key, _, value = argument.partition("=")
+    if parsed is None and not value.startswith(("'", '"', "[", "{")):  # letters that Hydra's grammar lacks
+        return [f"{key}={choice.strip()}" for choice in value.split(",")]
+    if parsed is None or not parsed.is_sweep_override():
+        return [argument]
+    try:
+        values = list(parsed.sweep_iterator(Transformer.identity))
+    except (HydraException, ValueError):
+        raise SettingError(f"{argument}: not a list of values. Write them out, as {key}=a,b.") from None
+    return [f"{key}={_as_written(value)}" for value in values]
+
+
+def _as_written(value: Any) -> str:
+    if isinstance(value, QuotedString):
+        return value.with_quotes()
+    return value if isinstance(value, str) else Override._get_value_element_as_str(value)
 
 
 def help_text(description: str, schema: type, config_name: str | None) -> str:
@@ -537,7 +562,8 @@ def help_text(description: str, schema: type, config_name: str | None) -> str:
 
 def _explained(config: Any, notes: dict[str, str], indent: str = "") -> list[str]:
     """Settings as YAML lines, each with the note that stands beside it in its dataclass or YAML file."""
-    notes = _notes(inspect.getsource(type(config))) | notes
+    schemas = [schema for schema in reversed(type(config).__mro__) if is_dataclass(schema)]
+    notes = _notes("".join(map(inspect.getsource, schemas))) | notes
     lines: list[str] = []
     for f in fields(config):
         value = getattr(config, f.name)
@@ -599,7 +625,7 @@ def command_line() -> list[str]:
     return arguments
 
 
-def fail(error: Exception) -> None:
+def fail(error: Exception) -> NoReturn:
     """Print a user's error, on the first rank only, and exit with 2."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr)

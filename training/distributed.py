@@ -18,11 +18,10 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from training.errors import USER_ERRORS, SettingError
+from training.errors import EXIT_FAILED, USER_ERRORS, SettingError
 
 JOIN_SECONDS = 50.0  # a rank that comes later than this after another ends the start
 JOIN_POLL_SECONDS = 0.1
-EXIT_ALONE = 1
 T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -201,7 +200,7 @@ def _open_store(rank: int, size: int, join_seconds: float) -> dist.Store:
 def _leave(reason: str) -> NoReturn:
     """End this process, whose group can't be formed."""
     print(f"stopping: {reason}", file=sys.stderr, flush=True)
-    raise SystemExit(EXIT_ALONE)
+    raise SystemExit(EXIT_FAILED)
 
 
 def stop() -> None:

@@ -147,7 +147,7 @@ class Engine:
         return self.config.engine.compile == "true"
 
     def train_step(
-        self, batches: list, num_targets: int, lr: float, measure_layers: bool = False
+        self, batches: list[Batch], num_targets: int, lr: float, measure_layers: bool = False
     ) -> StepResult:
         """Accumulate gradients over this rank's micro-batches and update the weights.
 

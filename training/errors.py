@@ -11,5 +11,6 @@ class SettingError(ValueError):
 
 USER_ERRORS = (SettingError, DataError)
 
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # stopped on request with a valid checkpoint: run the same command to go on

@@ -21,21 +21,25 @@ import torch
 from tqdm import tqdm
 
 from data.config import DataConfig, TokenizerConfig
-from data.errors import DataError
-from data.files import explain_write_errors, read_json_object, write_atomically
+from data.files import explain_write_errors, write_atomically
 from training import distributed
 from training.config import load_saved_config
 from training.distributed import World
 from training.errors import SettingError
 from training.evaluation import WINDOWS, EvalResult, evaluate, resolve_stride
-from training.evaluation_inputs import Candidate, Text, check_tokenizer, identify, open_text
-from training.report import EVALUATION_COLUMNS, draw_evaluations, evaluation_rows, read_evaluations
+from training.evaluation_text import Text, check_tokenizer, open_text
+from training.report import (
+    EVALUATION_COLUMNS,
+    draw_evaluations,
+    evaluation_rows,
+    read_evaluation,
+    read_evaluations,
+)
 from training.run_folder import RunFolder
-from training.weights import find_models, load_model
+from training.weights import SavedModel, check_precision, find_models, identify, load_model
 
 SCORING = 1  # counted up when the same settings would give other numbers, so that old results are not reused
 TIMEOUT_MINUTES = 240.0  # ranks may wait this long for one that has longer documents
-RESULTS_LIMIT_BYTES = 64 * 2**20
 WINDOW_RULES = {
     "disjoint": "windows of seq_len inputs that don't overlap, each from a fresh state",
     "strided": "overlapping windows of seq_len inputs; after the first, each scores its last stride targets",
@@ -72,8 +76,7 @@ class EvalConfig:
             raise SettingError(f"max_tokens={self.max_tokens} must be 0 (all) or more.")
         if self.batch_tokens < 1:
             raise SettingError(f"batch_tokens={self.batch_tokens} must be at least 1.")
-        if self.precision not in (None, "bf16", "fp32"):
-            raise SettingError(f"precision={self.precision!r} is unknown. Allowed: bf16, fp32, null.")
+        check_precision(self.precision)
         if self.data is not None and self.data.valid_path:
             raise SettingError(
                 f"data.valid_path={self.data.valid_path}: give the text to score as data.path."
@@ -111,10 +114,10 @@ def _evaluate_all(config: EvalConfig, world: World) -> tuple[list[Evaluation], l
         if world.is_first:
             print(text, file=sys.stderr, flush=True)
 
-    def read(path: Path) -> tuple[Candidate, Text]:
-        candidate = identify(path, config.precision)
-        check_tokenizer(config.tokenizer, candidate)
-        return candidate, open_text(config.data, candidate, config.max_tokens, opened, log)
+    def read(path: Path) -> tuple[SavedModel, Text]:
+        saved = identify(path)
+        check_tokenizer(config.tokenizer, saved)
+        return saved, open_text(config.data, saved, config.max_tokens, opened, log)
 
     paths = world.on_first(lambda: find_models(str(config.checkpoint), log))
     opened: dict[str, Text] = {}
@@ -124,39 +127,41 @@ def _evaluate_all(config: EvalConfig, world: World) -> tuple[list[Evaluation], l
     with tqdm(total=0, unit="token", unit_scale=True, dynamic_ncols=True, disable=not on_terminal) as bar:
         for path in paths:
             try:
-                candidate, text = world.on_all(partial(read, path))
-                content = _evaluate_one(config, candidate, text, world, bar, problems)
+                saved, text = world.on_all(partial(read, path))
+                content, failed = _evaluate_one(config, saved, text, world, bar)
             except SettingError as error:
                 problems.append(str(error))
             else:
-                evaluations += [(candidate.home, content)] if content["results"] else []
+                evaluations += [(saved.home, content)] if content["results"] else []
+                problems += failed
     return evaluations, problems
 
 
 def _evaluate_one(
-    config: EvalConfig, candidate: Candidate, text: Text, world: World, bar: tqdm, problems: list[str]
-) -> dict[str, Any]:
-    """One model at every length, in the shape of its file; appends to `problems` what could not be scored."""
+    config: EvalConfig, saved: SavedModel, text: Text, world: World, bar: tqdm
+) -> tuple[dict[str, Any], list[str]]:
+    """One model at every length, in the shape of its file, and the lengths that could not be scored."""
     results: list[dict[str, Any]] = []
+    problems: list[str] = []
     evaluation = {
-        "checkpoint": str(candidate.path),
-        "checkpoint_hash": candidate.hash,
-        "step": candidate.step,
-        "training_tokens": candidate.tokens,
-        "tokenizer": candidate.tokenizer.fingerprint,
+        "checkpoint": str(saved.path),
+        "checkpoint_hash": saved.hash,
+        "step": saved.step,
+        "training_tokens": saved.tokens,
+        "tokenizer": saved.tokenizer.fingerprint,
         "data": text.prepared.name,
         "data_fingerprint": text.prepared.fingerprint,
         "results": results,
     }
-    file, known = world.from_first(_known_results(candidate, evaluation) if world.is_first else None)
+    file, known = world.from_first(_known_results(saved, evaluation) if world.is_first else None)
     model = None
-    for seq_len in config.seq_lens or [_default_length(candidate, text)]:
-        settings = _point_settings(config, candidate, seq_len)
+    for seq_len in config.seq_lens or [_default_length(saved, text)]:
+        settings = _point_settings(config, saved, seq_len)
         result = next((entry for entry in known if settings.items() <= entry.items()), None)
         if result is None:
             try:
-                model = model or world.on_all(lambda: _Guarded(candidate, world))
-                bar.set_description(f"{candidate.name}, {config.window} {seq_len}")
+                model = model or world.on_all(partial(_Guarded, saved.path, settings["precision"], world))
+                bar.set_description(f"{saved.name}, {config.window} {seq_len}")
                 result = settings | _score(model, text, settings, config.batch_tokens, world, bar)
             except SettingError as error:
                 problems.append(str(error))
@@ -164,27 +169,27 @@ def _evaluate_one(
             known.append(result)
             world.on_all(partial(_write, file, evaluation | {"results": known}, world))
         results.append(result)
-    return evaluation
+    return evaluation, problems
 
 
-def _point_settings(config: EvalConfig, candidate: Candidate, seq_len: int) -> dict[str, Any]:
+def _point_settings(config: EvalConfig, saved: SavedModel, seq_len: int) -> dict[str, Any]:
     """All that a result depends on beside weights and data."""
     return {
         "seq_len": seq_len,
         "window": config.window,
         "stride": resolve_stride(seq_len, config.window, config.stride),
         "max_tokens": config.max_tokens,
-        "precision": candidate.precision,
+        "precision": config.precision or saved.precision,
         "scoring": SCORING,
     }
 
 
-def _default_length(candidate: Candidate, text: Text) -> int:
+def _default_length(saved: SavedModel, text: Text) -> int:
     """The length that the model was trained on, or of the longest document if that is shorter."""
-    trained = candidate.settings.get("seq_len")
+    trained = saved.settings.get("seq_len")
     if type(trained) is not int or trained < 1:
         raise SettingError(
-            f"seq_lens is not set, and {candidate.path} does not say its own: give seq_lens=[1024]."
+            f"seq_lens is not set, and {saved.path} does not say its own: give seq_lens=[1024]."
         )
     return min(trained, text.longest)
 
@@ -195,8 +200,8 @@ class _Guarded:
     From then on it answers with zeros, until `check` tells every rank.
     """
 
-    def __init__(self, candidate: Candidate, world: World) -> None:
-        self._model = load_model(candidate.path, world.device, candidate.precision).model
+    def __init__(self, path: Path, precision: str, world: World) -> None:
+        self._model = load_model(path, world.device, precision).model
         self._problem: str | None = None
 
     def __call__(self, tokens, targets, **settings):
@@ -257,29 +262,19 @@ def _as_json(result: EvalResult) -> dict[str, Any]:
     }
 
 
-def _known_results(candidate: Candidate, evaluation: dict[str, Any]) -> tuple[Path, list[dict[str, Any]]]:
+def _known_results(saved: SavedModel, evaluation: dict[str, Any]) -> tuple[Path, list[dict[str, Any]]]:
     """The file for these results, and those of the same weights and data that it holds.
 
     It is eval/<step>-<data>.json; where that is of other data of the same name, a fingerprint is appended.
+    A damaged one is written anew.
     """
-    file = candidate.home.evaluations / f"{candidate.name}-{evaluation['data']}.json"
-    earlier = _read(file)
+    file = saved.home.evaluations / f"{saved.name}-{evaluation['data']}.json"
+    earlier = read_evaluation(file) or {}
     if earlier and earlier.get("data_fingerprint") != evaluation["data_fingerprint"]:
         file = file.with_name(f"{file.stem}-{evaluation['data_fingerprint'][:8]}.json")
-        earlier = _read(file)
+        earlier = read_evaluation(file) or {}
     same = all(earlier.get(key) == evaluation[key] for key in ("checkpoint_hash", "data_fingerprint"))
     return file, earlier["results"] if same else []
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """An earlier file of results; empty if there is none, or a damaged one, which is then written anew."""
-    try:
-        content = read_json_object(file, RESULTS_LIMIT_BYTES) if file.exists() else {}
-    except DataError:
-        return {}
-    results = content.get("results")
-    is_whole = isinstance(results, list) and all(isinstance(result, dict) for result in results)
-    return content if is_whole else {}
 
 
 def _write(file: Path, content: Any, world: World) -> None:

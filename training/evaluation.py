@@ -16,6 +16,7 @@ those of the scored text: its UTF-8, and what whitespace separates in it.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -85,15 +86,19 @@ def documents_of(split, tokenizer, max_tokens: int = 0) -> list[EvalDocument]:
     The last document is cut at the limit where it would pass it, and counts the bytes that remain.
     """
     documents: list[EvalDocument] = []
-    left = max_tokens or math.inf
+    left = max_tokens or sys.maxsize - 1
     for ids, num_bytes in split:
         if left < 1:
             break
-        cut = len(ids) - 1 > left
-        if cut:
-            ids = ids[: int(left) + 1]
+        kept = min(len(ids), left + 1)
+        ids, rest = ids[:kept], ids[kept:]
         text = tokenizer.decode(ids.tolist())
-        num_bytes = len(text.encode()) if cut else num_bytes
+        if len(rest) and text.endswith("\ufffd"):  # within a character, of which the rest has a byte in each
+            after = tokenizer.decode(rest.tolist())
+            whole = after.lstrip("\ufffd")
+            num_bytes -= len(after) - len(whole) + len(whole.encode())
+        elif len(rest):
+            num_bytes = len(text.encode())
         documents.append(EvalDocument(ids, num_bytes, len(text.split())))
         left -= len(ids) - 1
     return documents

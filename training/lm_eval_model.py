@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from lm_eval.api.model import TemplateLM
 
+from data.tokenizer import Tokenizer
 from models.generation import SamplingConfig, generate
+from models.transnormer import TransNormer
 from training.distributed import World
 from training.evaluation import EvalDocument, evaluate
-from training.weights import TrainedModel
 
 
 class TransnormerLM(TemplateLM):
@@ -25,11 +26,11 @@ class TransnormerLM(TemplateLM):
         batch_tokens: tokens of a forward pass, at least one request.
     """
 
-    def __init__(self, trained: TrainedModel, seq_len: int, batch_tokens: int) -> None:
+    def __init__(self, model: TransNormer, tokenizer: Tokenizer, seq_len: int, batch_tokens: int) -> None:
         super().__init__()
-        self.model, self.text_tokenizer = trained.model, trained.tokenizer
+        self.model, self.text_tokenizer = model, tokenizer
         self.seq_len, self.batch_tokens = seq_len, batch_tokens
-        self.torch_device = next(trained.model.parameters()).device
+        self.torch_device = next(model.parameters()).device
 
     @property
     def eot_token_id(self) -> int:

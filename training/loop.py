@@ -24,7 +24,7 @@ import torch
 
 from data.errors import DataError
 from data.files import explain_write_errors
-from data.loader import Prefetcher, prefetch, shorten
+from data.loader import Batch, Prefetcher, shorten
 from data.tokenizer import decode_with
 from kernels.lightning_attention import default_backend
 from models.generation import SamplingConfig, generate
@@ -34,19 +34,18 @@ from training.checkpoint import NonFiniteError, remove_old, save_checkpoint
 from training.config import TrainConfig, save_config
 from training.distributed import World
 from training.engine import Fragment, StepResult
-from training.errors import EXIT_PREEMPTED
+from training.errors import EXIT_FAILED, EXIT_PREEMPTED
 from training.evaluation import documents_of, evaluate
 from training.interrupt import Interrupt, StopRequested
 from training.metrics import Console, MetricsFile, WandbRun, last_step, peak_flops, peak_memory_gib
 from training.optimizer import learning_rate, ramped
-from training.report import write_report
+from training.report import write_run_report
 from training.run_folder import RunFolder
 from training.setup import Run, find_checkpoint, set_up
 from training.spikes import remember, spike_limit
 from training.state import saved_state
 from training.watchdog import Watchdog
 
-EXIT_FAILED = 1
 DATA_POLL_SECONDS = 0.5
 MAX_ROLLBACKS = 3  # from one checkpoint: a spike that comes back with other batches is no bad batch
 
@@ -139,8 +138,10 @@ class Trainer:
         step, folder = self.state.step, self.folder
         if self.config.wandb.enabled:
             self.wandb = WandbRun(self.config, self.state.run_id)
-        with explain_write_errors(folder.path):
-            save_config(self.config, folder.config)  # whatever may refuse the start has done so
+        with explain_write_errors(folder.path):  # whatever may refuse the start has done so
+            if self.config.resume == "never":
+                folder.clear()
+            save_config(self.config, folder.config)
         self.console = Console(folder.log, self.config.max_steps, step)
         self.metrics = MetricsFile(folder.metrics, step)
         if self.config.sample_every or folder.samples.exists():
@@ -169,7 +170,7 @@ class Trainer:
                     f"{self.state.skipped_in_row} steps in a row had a gradient that is not finite"
                 )
         if self.world.is_first:
-            write_report(self.folder)
+            write_run_report(self.folder)
             self._say(f"done: {self.folder.report}")
         self._check_problems()
         return 0
@@ -177,10 +178,9 @@ class Trainer:
     def _run_steps(self) -> None:
         """Train to the last step, a roll-back, or too many skipped steps."""
         config = self.config
-        with prefetch(self._batches(), depth=2) as steps:
+        with Prefetcher(self._batches(), depth=2) as steps:
             while self.state.step < config.max_steps:
-                batches, num_targets = self._next(steps)
-                result = self._step(batches, num_targets)
+                result = self._step(steps)
                 if self._is_spike(result) and self._roll_back(result.loss):
                     return
                 remember(self.state.recent_losses, result.loss)
@@ -231,7 +231,7 @@ class Trainer:
         except DataError as error:
             self.problem = self.problem or str(error)
 
-    def _batches(self) -> Iterator[tuple[list, int]]:
+    def _batches(self) -> Iterator[tuple[list[Batch], int]]:
         """For each step to come, this rank's micro-batches and the scored tokens over all ranks."""
         micro_batch_size, world = self.state.micro_batch_size, self.world
         first, last = self.state.batch, self.config.max_steps + self.state.passed_over_batches
@@ -251,7 +251,7 @@ class Trainer:
         schedule = self.config.schedule
         return ramped(schedule, schedule.ramp_seq_len, self.config.seq_len, batch)
 
-    def _next(self, steps: Prefetcher) -> tuple[list, int]:
+    def _next(self, steps: Prefetcher) -> tuple[list[Batch], int]:
         """The next step's batches; a request to stop cuts the wait for them short."""
         self.watchdog.progress(self.state.step, "waiting for data")
         item = None
@@ -264,10 +264,12 @@ class Trainer:
         assert item is not None, "a wait is cut short by a request to stop only"
         return item
 
-    def _step(self, batches: list, num_targets: int) -> StepResult:
+    def _step(self, steps: Prefetcher) -> StepResult:
+        """One optimizer step; its time counts from the wait for its batches on."""
         state, config = self.state, self.config
-        torch.manual_seed(((config.seed * 1_000_003 + state.step) * 65_537 + self.world.rank) % 2**63)
         start = time.perf_counter()
+        batches, num_targets = self._next(steps)
+        torch.manual_seed(((config.seed * 1_000_003 + state.step) * 65_537 + self.world.rank) % 2**63)
         lr = learning_rate(config.optim, config.schedule, state.step)
         measure_layers = config.layer_stats_every > 0 and (state.step + 1) % config.layer_stats_every == 0
         with self._first_compilation():

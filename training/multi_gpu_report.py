@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from pathlib import Path
 from typing import Any
 
 from data.files import explain_write_errors, write_atomically
-from training.kill_test import KillTest, losses
+from training.rank_kill import RankKill, losses
 from training.sweep import Manifest, Point, SweepDefinition
-from training.sweep_report import CELLS, markdown
+from training.sweep_report import CELLS
+from training.tables import csv_text, markdown_table, provenance
 
 LOSS_GOAL = 2e-3  # largest |difference| to one GPU over all steps
 SPEED_GOALS = {"zero1": 0.95, "zero2": 0.95, "zero3": 0.85}  # of one GPU's tokens/s per GPU
+HEADS = (
+    "model",
+    "GPUs",
+    "engine",
+    "max loss difference",
+    "tokens/s per GPU",
+    "of one GPU's",
+    "MFU",
+    "GiB",
+)
 
 Rows = list[dict[str, Any]]
 
 
-def write_report(
+def write_multi_gpu_report(
     folder: Path,
     sweeps: dict[int, SweepDefinition],
     points: dict[int, list[Point]],
-    kill: KillTest | None,
+    kill: RankKill | None,
 ) -> None:
     """Write table.md, results.csv and plot.png into `folder` from what is there so far.
 
@@ -30,12 +40,8 @@ def write_report(
         sweeps, points: by number of GPUs; those on one GPU are what the others are compared with.
     """
     rows = _rows(folder, sweeps, points)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     with explain_write_errors(folder):
-        write_atomically(folder / "results.csv", text.getvalue().encode())
+        write_atomically(folder / "results.csv", csv_text(rows).encode())
         write_atomically(folder / "table.md", _table(sweeps, rows, kill).encode())
         write_atomically(folder / "plot.png", _plot(folder, rows, kill))
 
@@ -85,12 +91,10 @@ def _differences(ours: dict[int, float], theirs: dict[int, float]) -> dict[int, 
     return {step: abs(ours[step] - theirs[step]) for step in sorted(ours.keys() & theirs.keys())}
 
 
-def _table(sweeps: dict[int, SweepDefinition], rows: Rows, kill: KillTest | None) -> str:
+def _table(sweeps: dict[int, SweepDefinition], rows: Rows, kill: RankKill | None) -> str:
     """The whole of table.md."""
     most = max(sweeps)
     sweep = sweeps[most]
-    devices = sorted({row["device"] for row in rows if row["device"]})
-    commits = sorted({row["commit"] for row in rows if row["commit"]})
     body = []
     for row in rows:
         goal = SPEED_GOALS.get(row["engine"]) if row["num_gpus"] > 1 else None
@@ -106,26 +110,15 @@ def _table(sweeps: dict[int, SweepDefinition], rows: Rows, kill: KillTest | None
                 _cell(row, "peak_memory_gib", "{:.1f}"),
             ]
         )
-    heads = [
-        "model",
-        "GPUs",
-        "engine",
-        "max loss difference",
-        "tokens/s per GPU",
-        "of one GPU's",
-        "MFU",
-        "GiB",
-    ]
     parts = [
         f"# Training on up to {most} GPUs",
-        f"Device: {'; '.join(devices) or '–'}. Commit: {', '.join(commits) or 'none'} (+: with changes). "
-        f"seq_len {sweep.seq_lens[0]:,}, {sweep.batch_tokens:,} tokens a step in every run, {sweep.steps} "
-        f"steps, same data and seed. Speeds are medians over steps {sweep.skip_steps + 1} to {sweep.steps}; "
-        "losses are compared with the model's run on one GPU at every step.",
+        f"{provenance(rows)} seq_len {sweep.seq_lens[0]:,}, {sweep.batch_tokens:,} tokens a step in every "
+        f"run, {sweep.steps} steps, same data and seed. Speeds are medians over steps {sweep.skip_steps + 1} "
+        f"to {sweep.steps}; losses are compared with the model's run on one GPU at every step.",
         f"Goals: loss difference at most {LOSS_GOAL:g}; "
         + ", ".join(f"{engine} {goal:.0%}" for engine, goal in SPEED_GOALS.items())
         + " of one GPU's speed per GPU. ✗ marks a goal that is missed.",
-        markdown(heads, body),
+        markdown_table(HEADS, body, numeric=True),
     ]
     if kill is not None:
         parts += ["## One rank killed, resumed on fewer and on more GPUs", _kill_text(kill)]
@@ -149,7 +142,7 @@ def _cell(row: dict[str, Any], key: str, form: str, goal: float | None = None, a
     return form.format(value) + (" ✗" if missed else "")
 
 
-def _kill_text(kill: KillTest) -> str:
+def _kill_text(kill: RankKill) -> str:
     """What happened in each leg, and how far the losses are from the run that was never stopped."""
     result = kill.result
     lines = []
@@ -180,7 +173,7 @@ def _kill_text(kill: KillTest) -> str:
     return "\n".join(lines) or "Not run yet."
 
 
-def _plot(folder: Path, rows: Rows, kill: KillTest | None) -> bytes:
+def _plot(folder: Path, rows: Rows, kill: RankKill | None) -> bytes:
     """Loss difference to one GPU over steps, and share of one GPU's speed over GPUs, as PNG."""
     from matplotlib.figure import Figure
 

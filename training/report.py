@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,10 @@ from training.errors import USER_ERRORS, SettingError
 from training.evaluation import WINDOWS
 from training.metrics import is_number, read_metrics
 from training.run_folder import RunFolder
+from training.tables import markdown_table
 
 SHOWN_SAMPLES = 3
-EVALUATION_LIMIT_BYTES = 16 * 2**20
+EVALUATION_LIMIT_BYTES = 64 * 2**20
 RESULT_NUMBERS = ("seq_len", "tokens", "loss", "bits_per_byte")
 OPTIONAL_NUMBERS = ("perplexity", "word_perplexity", "loss_low", "loss_high")
 MAIN_SETTINGS = (
@@ -51,7 +51,7 @@ MAIN_SETTINGS = (
 )
 
 
-def write_report(folder: RunFolder) -> None:
+def write_run_report(folder: RunFolder) -> None:
     """Write report.md and the plots of a run, replacing earlier ones.
 
     Raises:
@@ -86,7 +86,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     """
     config = load_saved_config(path)
     model_config_from(config, path)
-    kinds = {"data.source": str, "max_steps": int, "sample_prompt": str}
+    kinds = {"data.source": str, "max_steps": int, "sample_prompt": str, "seq_len": int}
     flat = flatten(config)
     wrong = [key for key, kind in kinds.items() if key in flat and type(flat[key]) is not kind]
     if wrong:
@@ -96,32 +96,35 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def read_evaluations(folder: RunFolder) -> tuple[list[dict[str, Any]], list[str]]:
     """The contents of eval/*.json in order of names (that of steps), and the names of unreadable files."""
-    evaluations, unreadable = [], []
-    for path in sorted(folder.evaluations.glob("*.json")):
-        try:
-            evaluation = read_json_object(path, EVALUATION_LIMIT_BYTES)
-            complete = _is_evaluation(evaluation)
-        except (DataError, KeyError, TypeError, ValueError):
-            complete = False
-        if complete:
-            evaluations.append(evaluation)
-        else:
-            unreadable.append(path.name)
-    return evaluations, unreadable
+    read = {path.name: read_evaluation(path) for path in sorted(folder.evaluations.glob("*.json"))}
+    unreadable = [name for name, evaluation in read.items() if evaluation is None]
+    return [evaluation for evaluation in read.values() if evaluation is not None], unreadable
+
+
+def read_evaluation(path: Path) -> dict[str, Any] | None:
+    """What eval.py wrote, optional numbers null where they are missing; None if it is no such file."""
+    try:
+        evaluation = read_json_object(path, EVALUATION_LIMIT_BYTES)
+        results = [dict.fromkeys(OPTIONAL_NUMBERS) | result for result in evaluation["results"]]
+        evaluation = {"step": None, "training_tokens": None} | evaluation | {"results": results}
+        return evaluation if _is_evaluation(evaluation) else None
+    except (DataError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _is_evaluation(evaluation: dict[str, Any]) -> bool:
     """Whether every value that is shown is of its kind; the file may come from elsewhere."""
     results = evaluation["results"]
-    counts = [evaluation.get(key) for key in ("step", "training_tokens")]
-    optional = [result.get(key) for result in results for key in OPTIONAL_NUMBERS]
+    optional = [evaluation["step"], evaluation["training_tokens"]]
+    optional += [result[key] for result in results for key in OPTIONAL_NUMBERS]
     numbers = [result[key] for result in results for key in RESULT_NUMBERS]
     positions = [place for result in results for place in result.get("loss_by_position", [])]
     return (
         isinstance(evaluation["data"], str)
         and all(result["window"] in WINDOWS for result in results)
         and all(result.get("precision", "bf16") in ("bf16", "fp32") for result in results)
-        and all(value is None or is_number(value) for value in counts + optional)
+        and all((result["loss_low"] is None) == (result["loss_high"] is None) for result in results)
+        and all(value is None or is_number(value) for value in optional)
         and all(map(is_number, numbers))
         and all(len(place) == 3 and all(map(is_number, place)) for place in positions)
     )
@@ -194,7 +197,7 @@ def draw_evaluations(
     over_tokens: dict[str, list[tuple[float, float]]] = {}
     for evaluation in evaluations:
         for result in evaluation["results"]:
-            if None not in (evaluation.get("training_tokens"), result["perplexity"]):
+            if None not in (evaluation["training_tokens"], result["perplexity"]):
                 label = f"{evaluation['data']}, {result['window']} {result['seq_len']}"
                 over_tokens.setdefault(label, []).append(
                     (evaluation["training_tokens"], result["perplexity"])
@@ -313,7 +316,7 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
     """The cells of a table of evaluations, one row a result, under `EVALUATION_COLUMNS`."""
     rows: list[tuple[str, ...]] = []
     for result in evaluation["results"]:
-        low, high = result.get("loss_low"), result.get("loss_high")
+        low, high = result["loss_low"], result["loss_high"]
         rows.append(
             (
                 _checkpoint(evaluation),
@@ -325,7 +328,7 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{result['loss']:.4f}",
                 f"{low:.4f} – {high:.4f}" if low is not None else "–",
                 _number(result["perplexity"], ",.3f"),
-                _number(result.get("word_perplexity"), ",.5g"),
+                _number(result["word_perplexity"], ",.5g"),
                 f"{result['bits_per_byte']:.4f}",
             )
         )
@@ -351,13 +354,6 @@ def fenced(text: str, language: str = "text") -> str:
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table; bars in cells are escaped."""
-    columns = list(columns)
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _next_steps(folder: RunFolder, config: dict[str, Any]) -> str:

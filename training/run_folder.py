@@ -56,40 +56,35 @@ class RunFolder:
         return any(self.checkpoints.glob("step_*"))
 
     def enter(self, resume: str, overwrite: bool) -> None:
-        """Lock the folder and prepare it.
+        """Lock the folder, which is made if it isn't there; what is in it stays.
 
         Raises:
-            SettingError: another process trains in it, or `resume` forbids it.
+            SettingError: another process trains in it, or it is a sweep's; resume=must without a checkpoint
+                there, or resume=never with a run there, unless `overwrite` allows it.
         """
         self.lock()
-        self.prepare(resume, overwrite)
-
-    def prepare(self, resume: str, overwrite: bool) -> None:
-        """Create the folder, or with `overwrite` empty it; refuse what `resume` forbids, moving nothing.
-
-        Raises:
-            SettingError: resume=never on a run, or resume=must without one; or the folder is a sweep's.
-        """
         if (self.path / "sweep.json").exists():
             raise SettingError(f"run_dir={self.path} holds a sweep: choose another folder for the run.")
         if resume == "must" and not self.has_checkpoint():
             raise SettingError(
                 f"resume=must, but {self.path} holds no checkpoint. Use resume=auto to start one."
             )
-        if resume == "never" and self.holds_run():
-            if not overwrite:
-                raise SettingError(
-                    f"resume=never, but {self.path} holds a run. "
-                    "Choose another run_dir, or add overwrite=true to delete that run."
-                )
-            for entry in (self.config, self.metrics, self.log, self.samples, self.report):
-                entry.unlink(missing_ok=True)
-            for entry in (self.plots, self.checkpoints, self.evaluations):
-                shutil.rmtree(entry, ignore_errors=True)
+        if resume == "never" and self.holds_run() and not overwrite:
+            raise SettingError(
+                f"resume=never, but {self.path} holds a run. "
+                "Choose another run_dir, or add overwrite=true to delete that run."
+            )
         with explain_write_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.mkdir(exist_ok=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.heartbeats, ignore_errors=True)  # of a start that was killed
+
+    def clear(self) -> None:
+        """Delete the run that is in it."""
+        for entry in (self.config, self.metrics, self.log, self.samples, self.report):
+            entry.unlink(missing_ok=True)
+        for entry in (self.plots, self.checkpoints, self.evaluations):
+            shutil.rmtree(entry, ignore_errors=True)
+        self.checkpoints.mkdir()
 
     def lock(self) -> None:
         """Hold run.lock until this process ends; the kernel frees a dead holder's lock at once.

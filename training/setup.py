@@ -64,7 +64,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Ru
     data = world.on_all(partial(prepare, config.data, config.tokenizer, log=log))
     times.append(time.perf_counter())
     checkpoint = find_checkpoint(config.resume, folder, world, log)
-    if checkpoint is None and world.on_first(folder.holds_run):
+    if checkpoint is None and config.resume != "never" and world.on_first(folder.holds_run):
         log(f"{folder.path} holds a run without a checkpoint: it starts again, and its metrics with it")
     config = world.on_all(partial(_settle, config, data, checkpoint, log))
     loader = world.on_all(partial(_make_loader, config, data))
@@ -132,6 +132,8 @@ def _settle(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | No
     lr = config.optim.lr
     if checkpoint is not None:
         saved = load_saved_config(checkpoint.folder / "config.yaml")
+        if saved.get("micro_batch_size") == "auto":
+            saved["micro_batch_size"] = saved_state(checkpoint).micro_batch_size
         check_resumable(config, saved, checkpoint.folder)
         _check_data(config, data, checkpoint, log)
         total_steps = total_steps or saved["schedule"]["total_steps"]
@@ -213,11 +215,14 @@ def _check_space(config: TrainConfig, folder: RunFolder, state: RunState) -> Non
     Raises:
         SettingError: how much is free and how much is needed.
     """
-    kept = len(list_checkpoints(folder.checkpoints))
+    old = list_checkpoints(folder.checkpoints)
+    replaced = old if config.resume == "never" else []  # which leave before any is written
+    freed = sum(file.stat().st_size for path in replaced for file in path.rglob("*") if file.is_file())
+    kept = len(old) - len(replaced)
     coming = 1 + (config.max_steps - state.step) // config.save_every if config.save_every else 1
     most = min(config.keep_checkpoints + 1, kept + coming)  # one more while the newest is written
     size = BYTES_PER_PARAMETER * config.model.num_parameters()
-    needed, free = max(most - kept, 1) * size, shutil.disk_usage(folder.path).free
+    needed, free = max(most - kept, 1) * size, shutil.disk_usage(folder.path).free + freed
     if free < needed:
         raise SettingError(
             f"run_dir={folder.path}: {free / 2**30:.2f} GiB are free, and its checkpoints need "

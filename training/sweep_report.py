@@ -6,7 +6,6 @@ crossed setting where there is one length only.
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 from data.files import explain_write_errors, write_atomically
 from models.config import ModelConfig
 from training.sweep import Manifest, Point, SweepDefinition
+from training.tables import csv_text, markdown_table, provenance
 
 COLUMNS = (
     "model",
@@ -67,7 +67,7 @@ def write_results(folder: Path, sweep: SweepDefinition, manifest: Manifest, poin
     rows = rows_of(folder, sweep, manifest, points)
     grid = Grid(sweep, points, rows)
     with explain_write_errors(folder):
-        write_atomically(folder / "results.csv", _csv(rows).encode())
+        write_atomically(folder / "results.csv", csv_text(rows).encode())
         write_atomically(folder / "table.md", table(sweep, grid, rows).encode())
         (folder / "plots").mkdir(exist_ok=True)
         for name, (key, title) in grid.plots().items():
@@ -104,14 +104,6 @@ def paper_figures(model: ModelConfig) -> dict[int, int | None]:
 def _size(model: ModelConfig) -> str:
     """The size in a model's name, "385m" of "tnl-385m"."""
     return model.name.rsplit("-", 1)[-1]
-
-
-def _csv(rows: list[dict]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 @dataclass(slots=True)
@@ -172,12 +164,9 @@ class Grid:
 def table(sweep: SweepDefinition, grid: Grid, rows: list[dict]) -> str:
     """The whole of table.md."""
     done = sum(row["status"] == "done" for row in rows)
-    devices = sorted({row["device"] for row in rows if row["device"]})
-    commits = sorted({row["commit"] for row in rows if row["commit"]})
     parts = [
         f"# Sweep {sweep.name}",
-        f"{done} of {len(rows)} points done. Device: {'; '.join(devices) or '–'}. "
-        f"Commit: {', '.join(commits) or 'none'} (+: with changes). {sweep.num_gpus} rank(s) a point, "
+        f"{done} of {len(rows)} points done. {provenance(rows)} {sweep.num_gpus} rank(s) a point, "
         f"engine {sweep.engine}, {sweep.batch_tokens:,} tokens a step.",
         f"Speeds are medians over steps {sweep.skip_steps + 1} to {sweep.steps} "
         f"({sweep.steps - sweep.skip_steps} steps, one run a point).",
@@ -218,7 +207,7 @@ def _speed_table(grid: Grid) -> str:
                 ("OOM" if shown[p] is None else f"{shown[p]:,}") if p in shown else "–" for p in grid.places
             ]
             body.append([name, *cells, _flatness({p: v for p, v in shown.items() if v is not None})])
-    return markdown([grid.axis, *heads, "max/min"], body)
+    return markdown_table([grid.axis, *heads, "max/min"], body, numeric=True)
 
 
 def _flatness(speeds: dict[Any, float]) -> str:
@@ -232,7 +221,7 @@ def _matrix(grid: Grid, key: str, form: str) -> str:
         [line.label, *(_cell(line, place, line.values(key), form) for place in grid.places)]
         for line in grid.lines
     ]
-    return markdown([grid.axis, *heads], body)
+    return markdown_table([grid.axis, *heads], body, numeric=True)
 
 
 def _cell(line: Line, place: Any, values: dict[Any, float], form: str) -> str:
@@ -244,12 +233,6 @@ def _cell(line: Line, place: Any, values: dict[Any, float], form: str) -> str:
 def _place_text(place: Any) -> str:
     """A length as 1K, 128K; other places as they are."""
     return f"{place // 1024}K" if isinstance(place, int) and place % 1024 == 0 else str(place)
-
-
-def markdown(heads: list[str], body: list[list[str]]) -> str:
-    """A Markdown table; the first column is aligned left, the others right."""
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *body]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _crossovers(grid: Grid) -> str:

@@ -44,7 +44,6 @@ class Device:
 
     id: str | None  # as CUDA_VISIBLE_DEVICES takes it
     name: str
-    memory_gib: float | None = None
 
 
 def free_devices() -> list[Device]:
@@ -63,7 +62,7 @@ def free_devices() -> list[Device]:
     names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     names = names or [str(index) for index in range(len(gpus))]
     free = [
-        Device(name, gpu["name"], gpu["total"] / 2**30)
+        Device(name, gpu["name"])
         for name, gpu in zip(names, gpus, strict=False)
         if gpu["free"] >= FREE_SHARE * gpu["total"]
     ]

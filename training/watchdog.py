@@ -30,7 +30,7 @@ from typing import Any
 from data.errors import DataError
 from data.files import explain_write_errors, read_json_object
 from training.distributed import World
-from training.errors import USER_ERRORS
+from training.errors import EXIT_FAILED, USER_ERRORS
 from training.interrupt import Interrupt, StopRequested
 from training.processes import Process, this_process
 from training.run_folder import RunFolder
@@ -41,7 +41,6 @@ GONE_SECONDS = 3.0  # so long may a rank take to fail by itself when another has
 FROZEN_SECONDS = 5.0  # a rank without a heartbeat for so long has no running thread
 STOPPED_SECONDS = 30.0  # a rank of this host that a signal holds for so long is not waited for
 LIMIT_BYTES = 2**20
-EXIT_STUCK = 1
 
 
 @dataclass(slots=True)
@@ -143,7 +142,7 @@ class Watchdog:
             time.sleep(0.1)
         if gone:
             self._say(self._describe(gone))
-            raise SystemExit(EXIT_STUCK)
+            raise SystemExit(EXIT_FAILED)
 
     def _describe(self, ranks: list[int]) -> str:
         """One line on ranks that are gone."""
@@ -219,7 +218,7 @@ class Watchdog:
         ]
         if gone:
             self._say(self._describe(gone))
-            os._exit(EXIT_STUCK)
+            os._exit(EXIT_FAILED)
 
     def _others_get_on(self, now: float) -> bool:
         return any(now - peer.progress_at < self._limit_seconds for peer in self._peers.values())
@@ -234,7 +233,7 @@ class Watchdog:
         frozen = {rank for rank, peer in self._peers.items() if now - peer.beat_at > FROZEN_SECONDS}
         if any(rank < self._world.rank for rank in self._peers.keys() - frozen):
             time.sleep(GONE_SECONDS)  # a lower rank reports
-            os._exit(EXIT_STUCK)
+            os._exit(EXIT_FAILED)
         own = self._fixed | {"step": self._step, "phase": self._phase, "stack": _main_stack()}
         beats = {rank: peer.heartbeat for rank, peer in self._peers.items() if peer.heartbeat}
         beats[self._world.rank] = own
@@ -247,7 +246,7 @@ class Watchdog:
             process = self._peers[rank].process() if self._peers[rank].heartbeat else None
             if process is not None and process.is_running():
                 os.kill(process.pid, signal.SIGKILL)
-        os._exit(EXIT_STUCK)
+        os._exit(EXIT_FAILED)
 
     def _say(self, text: str) -> None:
         """To stderr and, from any rank, to train.log."""

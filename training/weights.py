@@ -3,50 +3,90 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from models.config import ModelConfig
 from models.transnormer import TransNormer
-from training.checkpoint import (
-    MANIFEST,
-    CheckpointError,
-    newest_checkpoint,
-    open_checkpoint,
-)
+from training.checkpoint import MANIFEST, CheckpointError, newest_checkpoint, open_checkpoint
 from training.config import load_saved_config, model_config_from
+from training.errors import SettingError
 from training.model_folder import is_model_folder, open_model_folder
 from training.run_folder import RunFolder
 from training.state import saved_tokens
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-@dataclass(slots=True)
-class TrainedModel:
-    """A model that can be scored, sampled, exported or trained on.
+
+@dataclass(kw_only=True, slots=True)
+class SavedModel:
+    """A trained model as its files describe it, without its weights.
 
     Attributes:
-        path: the checkpoint or export it came from.
-        run_dir: the run folder around it, if it lies in one; an import or export is its own.
-        step: optimizer steps; None for an import or export.
-        settings: the saved settings of its run (config.yaml); of an import or export model and precision.
+        path: the checkpoint, import or export.
+        home: the run folder around it; its own folder if it lies in none.
+        step, tokens: of its training; None for an import or export.
+        settings: the saved settings of its run; of an import or export, empty.
+        precision: "bf16" or "fp32", what it was trained in; of an import or export, what it is stored in.
         hash: equal for equal weights and settings.
     """
 
-    model: TransNormer
-    tokenizer: Tokenizer
     path: Path
-    run_dir: Path | None
-    step: int | None
-    tokens: int | None
-    settings: dict
+    home: RunFolder
+    step: int | None = None
+    tokens: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    precision: str
     hash: str
+    tokenizer: Tokenizer
+
+    @property
+    def name(self) -> str:
+        """What its files of results begin with."""
+        return self.path.resolve().name if self.step is None else f"step_{self.step:08d}"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path if self.step is None else self.path / "tokenizer"
 
 
-def find_models(spec: str, log: Callable[[str], None] = print, key: str = "checkpoint") -> list[Path]:
+@dataclass(kw_only=True, slots=True)
+class TrainedModel(SavedModel):
+    """The same with its weights: it can be scored, sampled, exported or trained on."""
+
+    model: TransNormer
+
+
+def check_precision(precision: str | None) -> None:
+    """Refuse a precision= that is none."""
+    if precision not in (None, *PRECISIONS):
+        raise SettingError(f"precision={precision!r} is unknown. Allowed: {', '.join(PRECISIONS)}, null.")
+
+
+def find_model(spec: str | None, key: str = "checkpoint") -> Path:
+    """The folder of the one model that `checkpoint=` names; what is passed over is told on stderr.
+
+    Raises:
+        SettingError: it is not set, or names several.
+        CheckpointError: as find_models.
+    """
+    if spec is None:
+        raise SettingError(f"{key} is not set: give a run folder, a checkpoint or an export.")
+    found = find_models(spec, partial(print, file=sys.stderr), key)
+    if len(found) > 1:
+        raise SettingError(f"{key}={spec} names {len(found)} models: give one.")
+    return found[0]
+
+
+def find_models(spec: str, log: Callable[[str], None], key: str = "checkpoint") -> list[Path]:
     """Folders that `checkpoint=` names: a run's newest valid checkpoint, a checkpoint, an export, or a glob.
 
     Args:
@@ -90,70 +130,67 @@ def _find_matches(spec: str, log: Callable[[str], None], key: str) -> list[Path]
     return found
 
 
+def identify(path: Path) -> SavedModel:
+    """Read what a checkpoint, import or export says about itself; its weights are not verified.
+
+    Raises:
+        CheckpointError, SettingError, DataError: it is incomplete or damaged.
+    """
+    if is_model_folder(path):
+        folder, home = open_model_folder(path), RunFolder(path)
+        home.check_links()  # results are written there
+        precision = "bf16" if folder.dtype == "bfloat16" else "fp32"
+        return SavedModel(
+            path=path, home=home, precision=precision, hash=folder.hash, tokenizer=load_tokenizer(path)
+        )
+    home = RunFolder(path.parent.parent if path.parent.name == "checkpoints" else path)
+    home.check_links()
+    checkpoint = open_checkpoint(path, verify=False)
+    settings = load_saved_config(path / "config.yaml")
+    return SavedModel(
+        path=path,
+        home=home,
+        step=checkpoint.step,
+        tokens=saved_tokens(checkpoint),
+        settings=settings,
+        precision=saved_precision(settings, path),
+        hash=checkpoint.hash,
+        tokenizer=load_tokenizer(path / "tokenizer"),
+    )
+
+
 def load_model(path: Path, device: torch.device | str = "cpu", precision: str | None = None) -> TrainedModel:
     """Load a checkpoint's fp32 master weights, or an import's or export's weights, in eval mode.
 
     Args:
-        precision: "bf16" or "fp32"; None takes what the run was trained in, or what an import or export is
-            stored in. LRPE's frequencies stay fp32.
+        precision: "bf16" or "fp32"; None takes that of the files. LRPE's frequencies stay fp32.
 
     Raises:
         CheckpointError: damaged, or of another model than its settings say.
     """
+    saved = identify(path)
     if is_model_folder(path):
-        return _load_model_folder(path, device, precision)
-    checkpoint = open_checkpoint(path)
-    settings = load_saved_config(path / "config.yaml")
-    config = replace(model_config_from(settings, path / "config.yaml"), backend="auto")  # of this machine
-    model = build_model(config, checkpoint.weights(), path)
-    _prepare(model, device, precision or saved_precision(settings, path))
-    run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
-    return TrainedModel(
-        model=model,
-        tokenizer=load_tokenizer(path / "tokenizer"),
-        path=path,
-        run_dir=run_dir,
-        step=checkpoint.step,
-        tokens=saved_tokens(checkpoint),
-        settings=settings,
-        hash=checkpoint.hash,
-    )
+        folder = open_model_folder(path)
+        model = build_model(folder.config, folder.weights(), path)
+        if saved.tokenizer.vocab_size > model.lm_head.out_features:
+            raise CheckpointError(
+                f"{path}: the tokenizer has {saved.tokenizer.vocab_size} ids, config.json a vocab_size of "
+                f"{model.lm_head.out_features}. They belong to different models."
+            )
+    else:
+        config = model_config_from(saved.settings, path / "config.yaml")
+        model = build_model(replace(config, backend="auto"), open_checkpoint(path).weights(), path)
+    model.to(device=device, dtype=PRECISIONS[precision or saved.precision]).eval()
+    return TrainedModel(**{f.name: getattr(saved, f.name) for f in fields(saved)}, model=model)
 
 
 def saved_precision(settings: dict, path: Path) -> str:
     """What a checkpoint's run computed in: "bf16" or "fp32"."""
     engine = settings.get("engine")
     precision = engine.get("precision") if isinstance(engine, dict) else None
-    if precision not in ("bf16", "fp32"):
+    if precision not in tuple(PRECISIONS):
         raise CheckpointError(f"{path / 'config.yaml'}: engine.precision is {str(precision)[:40]!r}.")
     return precision
-
-
-def _load_model_folder(path: Path, device: torch.device | str, precision: str | None) -> TrainedModel:
-    folder = open_model_folder(path)
-    tokenizer = load_tokenizer(path)
-    model = build_model(folder.config, folder.weights(), path)
-    if tokenizer.vocab_size > model.lm_head.out_features:
-        raise CheckpointError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, config.json a vocab_size of "
-            f"{model.lm_head.out_features}. They belong to different models."
-        )
-    stored = "bf16" if folder.dtype == "bfloat16" else "fp32"
-    _prepare(model, device, precision or stored)
-    return TrainedModel(
-        model=model,
-        tokenizer=tokenizer,
-        path=path,
-        run_dir=path,
-        step=None,
-        tokens=None,
-        settings={"model": asdict(folder.config), "engine": {"precision": stored}},
-        hash=folder.hash,
-    )
-
-
-def _prepare(model: TransNormer, device: torch.device | str, precision: str) -> None:
-    model.to(device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32).eval()
 
 
 def build_model(config: ModelConfig, weights: dict[str, torch.Tensor], where: Path) -> TransNormer:
@@ -162,17 +199,27 @@ def build_model(config: ModelConfig, weights: dict[str, torch.Tensor], where: Pa
     Raises:
         CheckpointError: names keys and shapes that don't fit the settings.
     """
-    stored = sum(tensor.numel() for tensor in weights.values())
-    if config.num_layers > len(weights) or not 1 / 2 <= stored / max(config.num_parameters(), 1) <= 2:
-        raise CheckpointError(  # before a model of any size is built; check_weights is exact
+    check_size(config, {name: tuple(weight.shape) for name, weight in weights.items()}, where)
+    model = TransNormer(config)
+    copy_weights(model, weights, where)
+    return model
+
+
+def check_size(config: ModelConfig, shapes: dict[str, tuple[int, ...]], where: Path) -> None:
+    """Refuse settings of a model of quite another size than the weights, before it is built."""
+    stored = sum(map(math.prod, shapes.values()))
+    if config.num_layers > len(shapes) or not 1 / 2 <= stored / max(config.num_parameters(), 1) <= 2:
+        raise CheckpointError(
             f"{where}: its settings describe a model of another size than the {stored:,} weights in it."
         )
-    model = TransNormer(config)
-    check_weights(model, {name: tuple(tensor.shape) for name, tensor in weights.items()}, where)
+
+
+def copy_weights(model: TransNormer, weights: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Give a model these weights, after check_weights."""
+    check_weights(model, {name: tuple(weight.shape) for name, weight in weights.items()}, where)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-    return model
 
 
 def check_weights(model: TransNormer, shapes: dict[str, tuple[int, ...]], where: Path) -> None:
@@ -196,15 +243,11 @@ def load_initial_weights(model: TransNormer, spec: str, tokenizer: Tokenizer) ->
     Raises:
         CheckpointError: another architecture, or another tokenizer.
     """
-    source = find_models(spec, key="init_from")[-1]
+    source = find_model(spec, "init_from")
     trained = load_model(source, precision="fp32")
     if trained.tokenizer.fingerprint != tokenizer.fingerprint:
-        where = source if is_model_folder(source) else source / "tokenizer"
         raise CheckpointError(
-            f"init_from={spec} has another tokenizer: use tokenizer=file tokenizer.path={where}."
+            f"init_from={spec} has another tokenizer: "
+            f"use tokenizer=file tokenizer.path={trained.tokenizer_path}."
         )
-    weights = dict(trained.model.named_parameters())
-    check_weights(model, {name: tuple(weight.shape) for name, weight in weights.items()}, source)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+    copy_weights(model, dict(trained.model.named_parameters()), source)

@@ -48,7 +48,7 @@ class LegFailed(RuntimeError):
 
 
 @dataclass(slots=True)
-class KillTest:
+class RankKill:
     """One such test.
 
     Attributes:
@@ -122,7 +122,10 @@ class KillTest:
             if process.poll() is not None:
                 raise LegFailed(f"the run to be killed ended: {self._last_words('killed')}")
             time.sleep(POLL_SECONDS)
-        os.kill(self._workers()[self.num_gpus - 1], signal.SIGKILL)
+        victim = self._workers().get(self.num_gpus - 1)
+        if victim is None:
+            raise LegFailed("the worker to be killed has ended by itself")
+        os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
         try:
             code = process.wait(GONE_SECONDS)

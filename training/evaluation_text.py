@@ -1,82 +1,19 @@
-"""What an evaluation reads: models known by their files, and the documents to score them on."""
+"""What a model is scored on: its own validation documents or other text, in its own tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from data.config import DataConfig, TokenizerConfig
 from data.prepare import PreparedData, find_prepared, prepare
-from data.tokenizer import Tokenizer, load_tokenizer
-from training.checkpoint import open_checkpoint
-from training.config import load_saved_config
+from data.tokenizer import load_tokenizer
 from training.errors import SettingError
 from training.evaluation import EvalDocument, documents_of
-from training.model_folder import is_model_folder, open_model_folder
-from training.run_folder import RunFolder
-from training.state import saved_tokens
-from training.weights import saved_precision
+from training.weights import SavedModel
 
 CACHE_DIR = DataConfig().cache_dir  # where an evaluation may write what it prepares
-
-
-@dataclass(slots=True)
-class Candidate:
-    """A model to score, known by its files; its weights are loaded only if there is something to score.
-
-    Attributes:
-        home: the run folder around it; its own folder if it lies in none.
-        step, tokens: of its training; None for an import or export.
-        settings: the saved settings of its run; of an import or export, empty.
-        hash: equal for equal weights and settings.
-    """
-
-    path: Path
-    home: RunFolder
-    step: int | None
-    tokens: int | None
-    settings: dict[str, Any]
-    precision: str
-    hash: str
-    tokenizer: Tokenizer
-    tokenizer_path: Path
-
-    @property
-    def name(self) -> str:
-        """What its files of results begin with."""
-        return self.path.resolve().name if self.step is None else f"step_{self.step:08d}"
-
-
-def identify(path: Path, precision: str | None) -> Candidate:
-    """Read what a checkpoint, import or export says about itself.
-
-    Raises:
-        SettingError, DataError: it is incomplete or damaged.
-    """
-    if is_model_folder(path):
-        folder = open_model_folder(path)
-        precision = precision or ("bf16" if folder.dtype == "bfloat16" else "fp32")
-        home = RunFolder(path)
-        home.check_links()
-        return Candidate(path, home, None, None, {}, precision, folder.hash, load_tokenizer(path), path)
-    home = RunFolder(path.parent.parent if path.parent.name == "checkpoints" else path)
-    home.check_links()  # results are written there
-    checkpoint = open_checkpoint(path, verify=False)  # load_model verifies what it loads
-    settings = load_saved_config(path / "config.yaml")
-    return Candidate(
-        path=path,
-        home=home,
-        step=checkpoint.step,
-        tokens=saved_tokens(checkpoint),
-        settings=settings,
-        precision=precision or saved_precision(settings, path),
-        hash=checkpoint.hash,
-        tokenizer=load_tokenizer(path / "tokenizer"),
-        tokenizer_path=path / "tokenizer",
-    )
 
 
 @dataclass
@@ -101,7 +38,7 @@ class Text:
 
 def open_text(
     data: DataConfig | None,
-    candidate: Candidate,
+    saved: SavedModel,
     max_tokens: int,
     opened: dict[str, Text],
     log: Callable[[str], None],
@@ -117,19 +54,19 @@ def open_text(
     Raises:
         SettingError, DataError: no text, or another tokenizer than the model's.
     """
-    own_tokenizer = TokenizerConfig(kind="file", path=str(candidate.tokenizer_path))
+    own_tokenizer = TokenizerConfig(kind="file", path=str(saved.tokenizer_path))
     tokenizer = own_tokenizer
     own_data = data is None
     if data is None:
-        data, tokenizer = _training_data(candidate)
-        log(f"scoring the validation split of {_description(data)}, as {candidate.path / 'config.yaml'} says")
+        data, tokenizer = _training_data(saved)
+        log(f"scoring the validation split of {_description(data)}, as {saved.path / 'config.yaml'} says")
     elif data.source in ("text", "hub"):
         data = replace(data, valid_fraction=1.0)
-    key = f"{data} {candidate.tokenizer.fingerprint}"
+    key = f"{data} {saved.tokenizer.fingerprint}"
     if key not in opened:
         prepared = _prepare(data, tokenizer, log) if own_data else prepare(data, tokenizer, log=log)
-        if prepared.tokenizer.fingerprint != candidate.tokenizer.fingerprint:
-            log(f"{candidate.path}: its training data has changed since; today's validation split is scored")
+        if prepared.tokenizer.fingerprint != saved.tokenizer.fingerprint:
+            log(f"{saved.path}: its training data has changed since; today's validation split is scored")
             prepared = _prepare(data, own_tokenizer, log)
         if not prepared.valid.documents:
             raise SettingError(
@@ -153,15 +90,15 @@ def _description(data: DataConfig) -> str:
     )
 
 
-def _training_data(candidate: Candidate) -> tuple[DataConfig, TokenizerConfig]:
+def _training_data(saved: SavedModel) -> tuple[DataConfig, TokenizerConfig]:
     """The settings of the data that the model was trained on."""
-    if not candidate.settings:
+    if not saved.settings:
         raise SettingError(
-            f"data is not set, and {candidate.path} does not say what it was trained on. "
+            f"data is not set, and {saved.path} does not say what it was trained on. "
             "Give data=text data.path=FILE, or another data=."
         )
     try:
-        settings = candidate.settings
+        settings = saved.settings
         data, tokenizer = DataConfig(**settings["data"]), TokenizerConfig(**settings["tokenizer"])
         for section in (data, tokenizer):
             for f in fields(section):
@@ -169,12 +106,12 @@ def _training_data(candidate: Candidate) -> tuple[DataConfig, TokenizerConfig]:
                     raise TypeError(f"{f.name} is {str(value)[:40]!r}")
         return data, tokenizer
     except (KeyError, TypeError) as error:
-        raise SettingError(f"{candidate.path / 'config.yaml'}: no data settings ({error}).") from None
+        raise SettingError(f"{saved.path / 'config.yaml'}: no data settings ({error}).") from None
 
 
-def check_tokenizer(asked: TokenizerConfig | None, candidate: Candidate) -> None:
+def check_tokenizer(asked: TokenizerConfig | None, saved: SavedModel) -> None:
     """Refuse any tokenizer but the model's own."""
-    own = candidate.tokenizer
+    own = saved.tokenizer
     if asked is None:
         return
     if asked.path is not None:
@@ -184,6 +121,6 @@ def check_tokenizer(asked: TokenizerConfig | None, candidate: Candidate) -> None
     if not matches:
         given = f"tokenizer.path={asked.path}" if asked.path else f"tokenizer={asked.kind}"
         raise SettingError(
-            f"{given} is not the tokenizer of {candidate.path} ({own.kind}, {own.vocab_size} ids). "
+            f"{given} is not the tokenizer of {saved.path} ({own.kind}, {own.vocab_size} ids). "
             "Leave the setting out: a model can only be scored with its own."
         )
