@@ -45,12 +45,10 @@ class Provider:
 
 
 def installed_providers(device: str) -> list[Provider]:
-    """Ours first, then the peers found on this machine; on a CPU the references."""
+    """Ours first, then the peers found on this machine; on a CPU the quadratic reference."""
     providers = [Provider("ours", ours, general=True)]
     if device == "cpu":
-        for form in (reference.quadratic, reference.recurrent):
-            providers.append(Provider(form.__name__, partial(_first, form), quadratic=True))
-        return providers
+        return [*providers, Provider("quadratic", partial(_first, reference.quadratic), quadratic=True)]
     for name in ("chunk_simple_gla", "fused_chunk_simple_gla"):
         if function := _peer("fla.ops.simple_gla", name):
             providers.append(Provider(f"fla {name}", partial(_simple_gla, function), general=True))
