@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "eval.py": {"training", "data"},
 }
 ONLY_IN = {
-    "deepspeed": {"training/engine.py", "training/checkpoint.py"},
+    "deepspeed": {"training/engine.py"},
     "hydra": {"training/config.py"},
     "transformers": {"models/huggingface.py", "scripts/export_hf.py"},
     "omegaconf": {"training/config.py"},

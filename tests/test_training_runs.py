@@ -193,6 +193,15 @@ def test_a_run_is_overwritten_when_its_successor_is_ready(text, tmp_path):
     assert [path.name for path in list_checkpoints(run_dir / "checkpoints")] == ["step_00000002"]
 
 
+def test_files_in_a_folder_without_a_run_stay(text, tmp_path):
+    mine = tmp_path / "run" / "eval" / "mine.json"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
+    result = run(["train.py", *settings(text, tmp_path / "run", "resume=never", "max_steps=1")])
+    assert result.returncode == 0, result.stderr
+    assert mine.read_text() == "{}"
+
+
 def test_runs_and_sweeps_have_folders_of_their_own(text, tmp_path):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text("{}")

@@ -139,8 +139,8 @@ class Trainer:
         if self.config.wandb.enabled:
             self.wandb = WandbRun(self.config, self.state.run_id)
         with explain_write_errors(folder.path):  # whatever may refuse the start has done so
-            if self.config.resume == "never":
-                folder.clear()
+            if self.config.resume == "never" and folder.holds_run():
+                folder.clear()  # as overwrite=true allows
             save_config(self.config, folder.config)
         self.console = Console(folder.log, self.config.max_steps, step)
         self.metrics = MetricsFile(folder.metrics, step)

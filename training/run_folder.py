@@ -84,7 +84,7 @@ class RunFolder:
             entry.unlink(missing_ok=True)
         for entry in (self.plots, self.checkpoints, self.evaluations):
             shutil.rmtree(entry, ignore_errors=True)
-        self.checkpoints.mkdir()
+        self.checkpoints.mkdir(exist_ok=True)
 
     def lock(self) -> None:
         """Hold run.lock until this process ends; the kernel frees a dead holder's lock at once.
