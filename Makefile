@@ -19,14 +19,14 @@ DEMO := outputs/demo
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-# On a GPU machine 1, 2, 4 or 8 GPUs train, which share the demo's 8 sequences a step evenly; elsewhere up to
-# two CPU ranks of one thread each.
+# On a GPU machine 1, 2, 4 or 8 GPUs train, which share the demo's 8 sequences a step evenly, or those that
+# CUDA_VISIBLE_DEVICES names; elsewhere up to two CPU ranks of one thread each.
 ifeq ($(shell nvidia-smi -L 2>/dev/null),)
 RANKS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -gt 2 ] && n=2; echo $$n)
 DEVICE := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 COUNT := --num_accelerators $(RANKS)
-else
-COUNT := --num_gpus $(shell n=$$(nvidia-smi -L | grep -c ^GPU); c=8; while [ $$c -gt $$n ]; do c=$$((c / 2)); done; echo $$c)
+else ifeq ($(CUDA_VISIBLE_DEVICES),)
+COUNT := --num_gpus $(shell n=$$(nvidia-smi -L | grep -c ^GPU); c=8; while [ $$c -gt $$n ] && [ $$c -gt 1 ]; do c=$$((c / 2)); done; echo $$c)
 endif
 LAUNCH = $(DEVICE) $(BIN)/deepspeed $(COUNT) --master_port $(FREE_PORT)
 # A port that is free now, so that two jobs of this machine don't meet.

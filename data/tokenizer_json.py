@@ -96,7 +96,7 @@ def _convert(tokenizer: OurTokenizer) -> tuple[Tokenizer, dict[str, str]]:
 
 def are_tied(tokenizer: OurTokenizer, ids: list[int], others: list[int]) -> bool:
     """Whether these spell one text with the same score in a unigram model, to the precision of its sums."""
-    if not isinstance(tokenizer, SentencePieceTokenizer) or _is_bpe(tokenizer._processor):
+    if not isinstance(tokenizer, SentencePieceTokenizer) or _is_bpe(tokenizer):
         return False
     score, other = (math.fsum(map(tokenizer._processor.get_score, spelling)) for spelling in (ids, others))
     return math.isclose(score, other, rel_tol=1e-6) and tokenizer.decode(ids) == tokenizer.decode(others)
@@ -117,15 +117,27 @@ def _types(processor: SentencePieceProcessor) -> list[int]:
     return [int(piece.get(3, NORMAL)) for piece in pieces]
 
 
-def _text_pieces(processor: SentencePieceProcessor) -> list[bool]:
+def _cut_out(tokenizer: SentencePieceTokenizer) -> list[str]:
+    """The user-defined pieces that the tokenizers library can cut out of a raw text as SentencePiece does.
+
+    It would match those with a space before spaces are marked, and put a dummy prefix after each.
+    """
+    return [] if tokenizer._has_dummy_prefix else [p for p in user_defined(tokenizer) if SPACE_MARK not in p]
+
+
+def _text_pieces(tokenizer: SentencePieceTokenizer) -> list[bool]:
     """Of each id, whether its piece is put together from a text."""
-    return [kind == NORMAL for kind in _types(processor)]
+    processor, cut_out = tokenizer._processor, set(_cut_out(tokenizer))
+    return [
+        kind == NORMAL or (kind == USER_DEFINED and processor.id_to_piece(i) not in cut_out)
+        for i, kind in enumerate(_types(processor))
+    ]
 
 
-def _is_bpe(processor: SentencePieceProcessor) -> bool:
+def _is_bpe(tokenizer: SentencePieceTokenizer) -> bool:
     """BPE scores are minus the merge's rank; unigram scores are log probabilities."""
-    is_text = _text_pieces(processor)
-    return all(processor.get_score(i).is_integer() for i, text in enumerate(is_text) if text)
+    score = tokenizer._processor.get_score
+    return all(score(i).is_integer() for i, text in enumerate(_text_pieces(tokenizer)) if text)
 
 
 def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Tokenizer, dict[str, str]]:
@@ -133,8 +145,8 @@ def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Tokenizer
     pieces = [processor.id_to_piece(index) for index in range(processor.vocab_size())]
     scores = [processor.get_score(index) for index in range(processor.vocab_size())]
     unk = pieces[processor.unk_id()]
-    is_text = _text_pieces(processor)
-    if _is_bpe(processor):
+    is_text = _text_pieces(tokenizer)
+    if _is_bpe(tokenizer):
         vocabulary = {piece: index for index, piece in enumerate(pieces)}
         merges = _merges({p: s for p, s, text in zip(pieces, scores, is_text, strict=True) if text})
         model: models.Model = models.BPE(
@@ -144,7 +156,7 @@ def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Tokenizer
         scored = [(p, s if text else NEVER) for p, s, text in zip(pieces, scores, is_text, strict=True)]
         model = models.Unigram(scored, processor.unk_id(), byte_fallback=True)
     converted = Tokenizer(model)
-    converted.add_tokens([AddedToken(piece, normalized=False) for piece in user_defined(tokenizer)])
+    converted.add_tokens([AddedToken(piece, normalized=False) for piece in _cut_out(tokenizer)])
     if isinstance(model, models.Unigram) and (lone := _lone_starts(pieces, is_text)):
         converted.pre_tokenizer = pre_tokenizers.Split(Regex(lone), "isolated")
     steps: list[normalizers.Normalizer] = [

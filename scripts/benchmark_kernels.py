@@ -411,7 +411,7 @@ def main(config: KernelBenchmarkConfig) -> int:
         if not providers:
             raise SettingError(f"providers={config.providers}: none of them is installed.")
     print(f"{device_name(device)}, torch {torch.__version__}, backend {default_backend(device)}")
-    extras = config.extras if device == "cuda" and config.only != "lengths" else []
+    extras = config.extras if device == "cuda" and config.only not in ("lengths", "passes") else []
     checks = check_correctness(planned_checks(config, providers, extras, device))
     wrong = frozenset(
         (check["provider"], check["case"], *check["shape"][3:])

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import SPACE_MARK, Tokenizer
 from data.tokenizer_json import are_tied, user_defined, write_tokenizer_json
 from models.standalone import FILE_NAME
 from models.transnormer import TransNormer
@@ -111,7 +111,8 @@ def verify_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     from transformers import PreTrainedTokenizerFast
 
     loaded = PreTrainedTokenizerFast.from_pretrained(folder)
-    probe = PROBE_TEXT + "".join(f"a{piece}b" for piece in user_defined(tokenizer)[:PROBE_PIECES])
+    pieces = [piece.replace(SPACE_MARK, " ") for piece in user_defined(tokenizer)[:PROBE_PIECES]]
+    probe = PROBE_TEXT + "".join(f"a{piece}b" for piece in pieces)
     ids = tokenizer.encode(probe).tolist()
     found = loaded(probe, add_special_tokens=False).input_ids
     text = loaded.decode(ids, skip_special_tokens=True)

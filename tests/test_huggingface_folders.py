@@ -227,8 +227,15 @@ def test_a_given_tokenizer_reads_and_pads_in_transformers_as_in_training(tmp_pat
     assert load_tokenizer(folder).fingerprint == tokenizer.fingerprint
 
 
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_user_defined_pieces_are_cut_out_in_transformers_too(model_type, tmp_path):
+@pytest.mark.parametrize(
+    ("model_type", "pieces"),
+    [
+        ("bpe", ["<sep>", "def", "\n\n"]),
+        ("unigram", ["<sep>", "def", "\n\n"]),
+        ("bpe", ["\u2581\u2581", "\u2581\u2581\u2581\u2581"]),
+    ],
+)
+def test_user_defined_pieces_are_cut_out_in_transformers_too(model_type, pieces, tmp_path):
     from sentencepiece import SentencePieceTrainer
     from transformers import AutoTokenizer
 
@@ -243,14 +250,14 @@ def test_user_defined_pieces_are_cut_out_in_transformers_too(model_type, tmp_pat
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
-        user_defined_symbols=["<sep>", "def", "\n\n"],
+        user_defined_symbols=pieces,
     )
     tokenizer = SentencePieceTokenizer((tmp_path / "tokenizer.model").read_bytes())
-    assert user_defined(tokenizer) == ["<sep>", "def", "\n\n"]
+    assert user_defined(tokenizer) == pieces
     write_tokenizer_json(tokenizer, tmp_path)
     verify_tokenizer(tmp_path, tokenizer)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("a<sep>b", "undefined", "a\n\n\nb", "<s>"):
+    for text in ("a<sep>b", "undefined", "a\n\n\nb", "<s>", "return  x", "a     b"):
         ids, found = tokenizer.encode(text).tolist(), loaded(text, add_special_tokens=False).input_ids
         assert found == ids or are_tied(tokenizer, ids, found)
 

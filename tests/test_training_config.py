@@ -198,6 +198,7 @@ def test_sweep_points_cross_in_order():
         ("data.path=my dir/é.txt, b.txt", ["my dir/é.txt", "b.txt"]),
         ("sample_prompt='a, b','c'", ["'a, b'", "'c'"]),
         ("sample_prompt='ä, b'", ["'ä, b'"]),
+        ("sample_prompt=def f(x, y):", ["def f(x, y):"]),
         ("engine.fp8=true,false", ["True", "False"]),
         ("a=[1,2],[3]", ["[1,2]", "[3]"]),
     ],
@@ -214,7 +215,8 @@ def test_sweeps_without_a_list_of_values_are_refused(value):
 
 
 def test_no_experiment_is_the_default():
-    assert compose(TrainConfig, ["experiment=null"], "train") == compose(TrainConfig, [], "train")
+    for given in (["experiment=null"], ["experiment=demo", "experiment=null"]):
+        assert compose(TrainConfig, given, "train") == compose(TrainConfig, [], "train")
 
 
 @pytest.mark.parametrize("given", [["--local_rank=3"], ["--local-rank", "3"], ["--local_rank", "3"]])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from model_helpers import make_model
 
-from data.tokenizer import ByteTokenizer
+from data.tokenizer import ByteTokenizer, CharacterTokenizer
 from models.config import ModelConfig
 from models.transnormer import TransNormer
 from training.distributed import World
@@ -185,6 +185,20 @@ def test_bytes_are_those_of_the_scored_tokens_within_a_character_too(max_tokens)
     ids = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
     (document,) = documents_of([(ids, len(text.encode()))], tokenizer, max_tokens)
     assert document.num_bytes == max_tokens
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "max_tokens", "num_bytes"),
+    [
+        (ByteTokenizer(), "a\ufffd\ufffd\ufffdb", 4, 4),
+        (CharacterTokenizer("ab"), "a日本語b", 2, 4),
+        (CharacterTokenizer("ab"), "a日本語b", 3, 7),
+    ],
+)
+def test_a_replacement_character_of_the_text_is_no_half_one(tokenizer, text, max_tokens, num_bytes):
+    ids = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
+    (document,) = documents_of([(ids, len(text.encode()))], tokenizer, max_tokens)
+    assert document.num_bytes == num_bytes
 
 
 def test_too_short_or_empty_text_is_refused():

@@ -255,7 +255,7 @@ def compose(schema: type, arguments: list[str], config_name: str | None = None):
     overrides = [
         _as_hydra_reads(key, value, schema, config_name)
         for key, value in pairs
-        if (key, value) != ("experiment", "null")  # as without it
+        if key != "experiment" or given[key] != "null"  # as without it
     ]
     GlobalHydra.instance().clear()
     try:
@@ -524,7 +524,7 @@ def _choices(argument: str) -> list[str]:
     """A setting for each value that `key=a,b` names; texts stand in it without Hydra's escapes."""
     parsed = _parse(argument)
     key, _, value = argument.partition("=")
-    if parsed is None and not value.startswith(("'", '"', "[", "{")):  # letters that Hydra's grammar lacks
+    if parsed is None and not re.search(r"[\[\]{}()'\"]", value):  # letters that Hydra's grammar lacks
         return [f"{key}={choice.strip()}" for choice in value.split(",")]
     if parsed is None or not parsed.is_sweep_override():
         return [argument]

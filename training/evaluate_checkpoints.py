@@ -116,6 +116,7 @@ def _evaluate_all(config: EvalConfig, world: World) -> tuple[list[Evaluation], l
 
     def read(path: Path) -> tuple[SavedModel, Text]:
         saved = identify(path)
+        saved.home.check_links()  # results are written there
         check_tokenizer(config.tokenizer, saved)
         return saved, open_text(config.data, saved, config.max_tokens, opened, log)
 

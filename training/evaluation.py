@@ -93,12 +93,13 @@ def documents_of(split, tokenizer, max_tokens: int = 0) -> list[EvalDocument]:
         kept = min(len(ids), left + 1)
         ids, rest = ids[:kept], ids[kept:]
         text = tokenizer.decode(ids.tolist())
-        if len(rest) and text.endswith("\ufffd"):  # within a character, of which the rest has a byte in each
-            after = tokenizer.decode(rest.tolist())
-            whole = after.lstrip("\ufffd")
-            num_bytes -= len(after) - len(whole) + len(whole.encode())
-        elif len(rest):
+        if len(rest):
             num_bytes = len(text.encode())
+            after = tokenizer.decode(rest.tolist()) if text.endswith("\ufffd") else ""
+            if after and text + after != (everything := tokenizer.decode([*ids.tolist(), *rest.tolist()])):
+                # cut within a character: the rest begins with its other bytes, of which each is U+FFFD
+                whole = after.lstrip("\ufffd")
+                num_bytes = len(everything.encode()) - (len(after) - len(whole)) - len(whole.encode())
         documents.append(EvalDocument(ids, num_bytes, len(text.split())))
         left -= len(ids) - 1
     return documents

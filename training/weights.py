@@ -138,13 +138,11 @@ def identify(path: Path) -> SavedModel:
     """
     if is_model_folder(path):
         folder, home = open_model_folder(path), RunFolder(path)
-        home.check_links()  # results are written there
         precision = "bf16" if folder.dtype == "bfloat16" else "fp32"
         return SavedModel(
             path=path, home=home, precision=precision, hash=folder.hash, tokenizer=load_tokenizer(path)
         )
     home = RunFolder(path.parent.parent if path.parent.name == "checkpoints" else path)
-    home.check_links()
     checkpoint = open_checkpoint(path, verify=False)
     settings = load_saved_config(path / "config.yaml")
     return SavedModel(
