@@ -10,6 +10,7 @@ transformers in fp64, and of two spellings of equal scores each may take the oth
 import math
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -110,6 +111,7 @@ def user_defined(tokenizer: OurTokenizer) -> list[str]:
     return [processor.id_to_piece(i) for i, kind in enumerate(_types(processor)) if kind == USER_DEFINED]
 
 
+@lru_cache(maxsize=1)  # asked for several times in an export, of up to some 100,000 pieces
 def _types(processor: SentencePieceProcessor) -> list[int]:
     """The type of each piece; read from the model's protobuf, whose field 1 are pieces with it in field 3."""
     fields = _fields(processor.serialized_model_proto())
