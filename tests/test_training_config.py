@@ -226,9 +226,9 @@ def test_the_launchers_local_rank_is_dropped(given, monkeypatch):
 
 
 def test_default_learning_rates_fall_with_the_width():
-    assert default_lr("adamw", 512) == default_lr("adamw_8bit", 512) == 1e-3
-    assert default_lr("adamw", 4096) == 2.5e-4  # eight times as wide: by 8^(2/3)
-    assert (default_lr("muon", 512), default_lr("muon", 2048)) == (3e-3, 1.5e-3)
+    assert default_lr("adamw", 512) == default_lr("adamw_8bit", 512) == 2e-3
+    assert default_lr("adamw", 4096) == 5e-4  # eight times as wide: by 8^(2/3)
+    assert (default_lr("muon", 512), default_lr("muon", 2048)) == (5e-3, 2.5e-3)
 
 
 @pytest.mark.parametrize(

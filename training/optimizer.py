@@ -44,11 +44,11 @@ class OptimConfig:
                 raise SettingError(f"optim.{key}={getattr(self, key)} must not be negative.")
 
 
-# Peak learning rate at a hidden size of 512, and the power of the width by which it falls, drawn through what
-# the experiments use (docs/results.md). Muon's updates have the same root mean square at every width, so that
-# their spectral norm grows with its root.
+# Peak learning rate at a hidden size of 512, and the power of the width by which it falls, drawn through the
+# best of sweeps at widths of 128 to 1,024 (docs/results.md). Muon's updates have the same root mean square at
+# every width, so that their spectral norm grows with its root.
 BASE_WIDTH = 512
-DEFAULT_LR = {"adamw": (1e-3, 2 / 3), "adamw_8bit": (1e-3, 2 / 3), "muon": (3e-3, 1 / 2)}
+DEFAULT_LR = {"adamw": (2e-3, 2 / 3), "adamw_8bit": (2e-3, 2 / 3), "muon": (5e-3, 1 / 2)}
 
 
 def default_lr(optimizer: str, hidden_size: int) -> float:
