@@ -12,8 +12,9 @@ Every token of it and EOS is scored exactly once, BOS never, and nothing is seen
   window=strided    windows of seq_len inputs that overlap; after the first, each scores the last `stride`
                     targets (half of seq_len unless set), so that each has more than seq_len - stride inputs.
   window=streaming  everything before a token in its document is seen: the state is carried from chunk to
-                    chunk, in constant memory with linear attention. seq_len is the chunk: no number
-                    depends on it. A document is scored by one rank: more ranks need more documents.
+                    chunk, in constant memory with linear attention. seq_len is the chunk, which
+                    changes numbers by rounding only. A document is scored by one rank: more ranks need more
+                    documents.
 loss is the mean in nats over the scored tokens, perplexity its exponential. Bytes and words are those of the
 scored text: bits per byte = summed loss / ln 2 / bytes, word perplexity = exp(summed loss / words), words
 being what whitespace separates. The 95 % interval of the loss is a bootstrap over documents.
@@ -22,10 +23,10 @@ Perplexities per token compare only between models of one tokenizer; bits per by
 max_tokens scores the first so many tokens only (0: all). batch_tokens are those of a forward pass, at least
 one window; a smaller number needs less memory. precision is that of training unless set to bf16 or fp32.
 
-data=text and data=hub are scored whole, python_stdlib and prepared by their validation split; data.path=
-alone means data=text. Results go to eval/step_…-<data name>.json of the run (of the folder itself, for an
-export) and to output=FILE: an object, or for several checkpoints a list. What has been scored before is not
-scored again.
+data=text and data=hub are scored whole (but for documents of white space only), python_stdlib and prepared by
+their validation split; data.path= alone means data=text. Results go to eval/step_…-<data name>.json of the
+run (of the folder itself, for an export) and to output=FILE: an object, or for several checkpoints a list.
+What has been scored before is not scored again.
 """
 
 from __future__ import annotations

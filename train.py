@@ -17,13 +17,16 @@ import sys
 
 from training.config import TrainConfig, command_line, compose, fail, run_command, sweep_points
 from training.errors import EXIT_PREEMPTED, USER_ERRORS, SettingError
+from training.interrupt import Interrupt
 
 
 def main(config: TrainConfig) -> int:
     """Train on this rank."""
-    from training.loop import train  # after the settings are known to be right: it takes seconds to import
+    interrupt = Interrupt()
+    with interrupt.at_once():  # the import takes seconds, in which a signal or the launcher's end may come
+        from training.loop import train
 
-    return train(config)
+    return train(config, interrupt)
 
 
 def multirun(arguments: list[str]) -> int:

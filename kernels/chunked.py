@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.reference import compute_dtype, decay_powers
+from kernels.reference import compute_dtype, decay_powers, without_autocast
 
 CHUNK = 64  # rows of the quadratic product
 BLOCK = 16  # chunks worked on at once: 1,024 rows stay in cache, whatever N is
@@ -160,6 +160,7 @@ def _keep_initial(final_state: Tensor | None, initial_state: Tensor | None) -> N
         final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
 
 
+@without_autocast
 def forward(q, k, v, slopes, initial_state, cu_seqlens, o, final_state, segment_states) -> None:
     """Writes o and, unless None, final_state. Sequences are not cut into segments."""
     chunks = cut_into_chunks(_boundaries(q, cu_seqlens))
@@ -167,6 +168,7 @@ def forward(q, k, v, slopes, initial_state, cu_seqlens, o, final_state, segment_
     walk(_rows(q), _rows(k), _rows(v), _rows(o), slopes, chunks, initial_state, final_state)
 
 
+@without_autocast
 def backward(
     q, k, v, slopes, initial_state, cu_seqlens, segment_states, grad_o, grad_final, dq, dk, dv, dinitial
 ) -> None:

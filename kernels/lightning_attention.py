@@ -12,10 +12,11 @@ import os
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kernels import chunked, reference
 from kernels.launch import num_segments
-from kernels.reference import compute_dtype
+from kernels.reference import compute_dtype, without_autocast
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,7 +48,8 @@ def lightning_attention(
 
     Returns:
         o (B, N, H, Dv) in the inputs' dtype, and the final state in fp32 (None unless asked for). Gradients
-        reach q, k, v and initial_state, also through the final state.
+        reach q, k, v and initial_state, also through the final state; in reverse mode, and once, except for
+        `reference`. A value that is not finite spreads to other rows and sequences of the batch.
 
     Raises:
         ValueError: an argument is off; the message names it, what came and what is allowed.
@@ -55,7 +57,12 @@ def lightning_attention(
     _check_inputs(q, k, v, slopes, num_dims=4)
     num_sequences = _check_cu_seqlens(q, cu_seqlens)
     _check_state("initial_state", initial_state, q, v, num_sequences)
-    backend = _choose_backend(backend, q)
+    backend = choose_backend(backend, q)
+    if needs_fp32(q, backend):
+        o, state = lightning_attention(
+            q.float(), k.float(), v.float(), slopes, initial_state, output_final_state, cu_seqlens, backend
+        )
+        return o.to(q.dtype), state
     if backend == "reference":
         o, state = _reference(q, k, v, slopes, initial_state, cu_seqlens)
     else:
@@ -93,6 +100,11 @@ def default_backend(device: torch.device | str) -> str:
     return "triton" if torch.device(device).type == "cuda" else "torch"
 
 
+def needs_fp32(q: Tensor, backend: str) -> bool:
+    """Whether to multiply fp32 copies: Triton's interpreter takes the bits of bf16 for whole numbers."""
+    return backend == "triton" and q.device.type != "cuda" and q.dtype == torch.bfloat16
+
+
 def _reference(q, k, v, slopes, initial_state, cu_seqlens) -> tuple[Tensor, Tensor]:
     if cu_seqlens is None:
         return reference.recurrent(q, k, v, slopes, initial_state)
@@ -103,6 +115,8 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, num_dims: int
     dims = "(B, N, H, D)" if num_dims == 4 else "(B, H, D)"
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x)
+        if x.layout != torch.strided:
+            raise ValueError(f"{name} has layout {x.layout}; allowed: torch.strided. Use {name}.to_dense().")
         if x.dim() != num_dims or 0 in x.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; allowed: {dims}, no size 0.")
         if x.shape[-1] % 8 or x.shape[-1] > MAX_HEAD_DIM:
@@ -184,10 +198,11 @@ def _check_state(name: str, state: Tensor | None, q: Tensor, v: Tensor, num_sequ
 
 def _values_are_cheap(x: Tensor) -> bool:
     """Values are checked where reading them neither waits for a device nor breaks a compiled graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    is_fake = isinstance(x, FakeTensor)
+    return x.device.type == "cpu" and not is_fake and not torch.compiler.is_compiling()
 
 
-def _choose_backend(backend: str, q: Tensor) -> str:
+def choose_backend(backend: str, q: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}.")
     if backend == "auto":
@@ -326,6 +341,11 @@ def _step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, state: Tensor) -> tup
     if default_backend(q.device) == "triton":
         with torch.cuda.device_of(q):
             return _implementation("triton").step(q, k, v, slopes, state)
+    return _torch_step(q, k, v, slopes, state)
+
+
+@without_autocast
+def _torch_step(q, k, v, slopes, state) -> tuple[Tensor, Tensor]:
     dtype = state.dtype
     decay = torch.exp(-slopes.to(dtype))[:, None, None]
     state = decay * state + k.to(dtype)[..., :, None] * v.to(dtype)[..., None, :]

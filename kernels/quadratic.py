@@ -10,11 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.lightning_attention import default_backend
+from kernels.lightning_attention import choose_backend, needs_fp32
 from kernels.torch_quadratic import torch_quadratic_attention
 
 BACKENDS = ("auto", "triton", "torch")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quadratic_attention(
@@ -42,12 +41,11 @@ def quadratic_attention(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}.")
-    if backend == "auto":
-        backend = default_backend(q.device)
+    backend = choose_backend(backend, q)
     if backend == "torch":
         return torch_quadratic_attention(q, k, v, slopes, cu_seqlens)
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q has dtype {q.dtype}; allowed with backend='triton': float32, bfloat16, float16.")
+    if needs_fp32(q, backend):
+        return _forward(q.float(), k.float(), v.float(), slopes, cu_seqlens).to(v.dtype)
     return _forward(q, k, v, slopes, cu_seqlens)
 
 

@@ -8,6 +8,7 @@ Shapes: q, k (B, N, H, Dk); v, o (B, N, H, Dv); slopes (H,); state (B, H, Dk, Dv
 B batch, N sequence, H heads, Dk and Dv head dims.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -18,6 +19,19 @@ from torch import Tensor
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that products and states are held in: fp64 for fp64 inputs, fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(form: Callable) -> Callable:
+    """`form`, whose first argument is a tensor, computing in the dtypes it says also under torch.autocast."""
+
+    @functools.wraps(form)
+    def run(q, *arguments, **settings):
+        if q.device.type == "meta":  # has no autocast
+            return form(q, *arguments, **settings)
+        with torch.autocast(q.device.type, enabled=False):
+            return form(q, *arguments, **settings)
+
+    return run
 
 
 def decay_powers(slopes: Tensor, distance: Tensor) -> Tensor:
@@ -35,6 +49,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, initial_state: Ten
     return q, k, v, slopes.to(dtype), initial_state.to(dtype)
 
 
+@without_autocast
 def quadratic(q, k, v, slopes, initial_state=None) -> tuple[Tensor, Tensor]:
     """[(Q Kᵀ) ⊙ M] V with the whole N × N matrix. Returns o and the final state."""
     out_dtype = q.dtype
@@ -60,6 +75,7 @@ def chunked(q, k, v, slopes, initial_state=None, chunk: int = 64) -> tuple[Tenso
     return torch.cat(outputs, dim=1), state
 
 
+@without_autocast
 def recurrent(q, k, v, slopes, initial_state=None) -> tuple[Tensor, Tensor]:
     """The definition, one token after another. Returns o and the final state."""
     out_dtype = q.dtype

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.reference import without_autocast
+
 TILE_TOKENS = 256
 
 
@@ -38,6 +40,7 @@ class _TiledLeftProduct(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None
 
 
+@without_autocast
 def _left_product(q, k, v, slopes, sequence, *, reverse: bool) -> Tensor:
     """Row tiles of [(Q Kᵀ) ⊙ M] V; `reverse` looks at later tokens, Mᵀ, instead of earlier ones."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, N, D)

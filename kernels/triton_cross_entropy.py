@@ -24,7 +24,7 @@ def cross_entropy_kernel(
     scored = target != IGNORED
     o_v = tl.arange(0, BLOCK)
 
-    largest = float("-inf")
+    largest = -3.0e38  # finite: a first block may hold nothing but -inf
     total = 0.0
     for start in range(0, V, BLOCK):
         x = tl.load(row + start + o_v, mask=start + o_v < V, other=float("-inf")).to(tl.float32)

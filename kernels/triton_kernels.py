@@ -371,7 +371,7 @@ def step_kernel(
 def _rows(x: Tensor) -> Tensor:
     """x itself where a descriptor can address its rows (16-byte steps), a contiguous copy otherwise."""
     addressable = x.stride(3) == 1 and x.stride(1) > 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
-    return x if addressable and x.data_ptr() % 16 == 0 else x.contiguous()
+    return x if addressable and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -127,6 +127,10 @@ class LMHead(Linear):
         """
         if targets is None:
             return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._loss(x, targets, reduction)
+
+    def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         weight, flat = self.weight.to(x.dtype), x.flatten(0, 1)
         if reduction == "none" or not torch.is_grad_enabled():
             chunks = _logits_in_chunks(flat, weight, targets.flatten())

@@ -77,15 +77,15 @@ def model_config_from_published(fields: dict[str, Any], name: str = "imported") 
     settings |= {field: fields[field] for field in SHARED if field in fields}
     if fields.get("hidden_dim", fields["decoder_embed_dim"]) != fields["decoder_embed_dim"]:
         raise ValueError(f"hidden_dim={fields['hidden_dim']} differs from decoder_embed_dim: not supported.")
-    if fields.get("bias", False):
+    if _flag(fields, "bias", False):
         raise ValueError("bias=true is not supported: the layers have no biases.")
     if "gate_dim" in fields:
         settings["gate_size"] = fields["gate_dim"]
     try:
         return ModelConfig(
             name=name,
-            tie_embeddings=bool(fields.get("tie_word_embeddings", True)),
-            scale_embedding=not fields.get("no_scale_embedding", False),
+            tie_embeddings=_flag(fields, "tie_word_embeddings", True),
+            scale_embedding=not _flag(fields, "no_scale_embedding", False),
             lrpe=_lrpe(fields.get("linear_use_lrpe_list"), fields["decoder_layers"]),
             activation=_choice(fields, "linear_act_fun", "silu", ACTIVATIONS),
             norm=_choice(fields, "norm_type", "simplermsnorm", NORMS),
@@ -93,6 +93,13 @@ def model_config_from_published(fields: dict[str, Any], name: str = "imported") 
         )
     except TypeError as error:
         raise ValueError(f"a field has a value of the wrong type ({error}).") from None
+
+
+def _flag(fields: dict[str, Any], field: str, default: bool) -> bool:
+    value = fields.get(field, default)
+    if type(value) is not bool:
+        raise ValueError(f"{field}={str(value)[:40]!r} must be true or false.")
+    return value
 
 
 def _choice(fields: dict[str, Any], field: str, default: str, allowed: dict[str, str]) -> str:

@@ -20,7 +20,7 @@ from data.tokenizer import Tokenizer
 from models.generation import SamplingConfig, generate
 from models.transnormer import TransNormer
 from training.config import reader_may_leave, run_command
-from training.errors import SettingError
+from training.errors import EXIT_INTERRUPTED, SettingError
 from training.weights import check_precision, find_model, load_model
 
 
@@ -75,7 +75,7 @@ def main(config: GenerateConfig) -> int:
             print()
     except KeyboardInterrupt:
         print()
-        return 130
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -73,7 +73,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "step": (Engine, "_update"),
     "evaluation": (loop, "evaluate"),
     "sampling": (loop, "generate"),
-    "save": (checkpoint, "_write_safetensors"),
+    "save": (checkpoint, "write_safetensors"),
     "first compile": (Engine, "_loss"),
 }
 

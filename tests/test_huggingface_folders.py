@@ -527,6 +527,11 @@ def refusal(published: Published) -> str:
         ({"decoder_layers": 3, "linear_use_lrpe_list": [1, 0, 0]}, ["layers.2", "is missing"]),
         ({"glu_dim": 56}, ["l1.weight is (48, 32), expected (56, 32)"]),
         ({"tie_word_embeddings": True}, ["config.json", "lm_head.weight differs"]),
+        ({"tie_word_embeddings": None}, ["config.json", "tie_word_embeddings='None' must be true or false"]),
+        (
+            {"no_scale_embedding": "false"},
+            ["config.json", "no_scale_embedding='false' must be true or false"],
+        ),
     ],
 )
 def test_bad_configs_are_refused(published, fields, texts):

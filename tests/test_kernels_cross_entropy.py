@@ -37,6 +37,16 @@ def test_losses_and_gradients(name, vocab_size):
     torch.testing.assert_close(logits.double(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_logits_of_minus_infinity(name):
+    """As many as a block of the kernel at the start, and more."""
+    logits = torch.full((1, 9000), float("-inf"), device=DEVICE)
+    logits[0, 8500:8502] = torch.tensor([1.0, 2.0])
+    losses = implementations()[name](logits, torch.tensor([8500], device=DEVICE), with_gradient=True)
+    assert float(losses) == pytest.approx(1.3132617)
+    assert logits[0, 8499:8502].tolist() == pytest.approx([0.0, -0.7310586, 0.7310586])
+
+
 @pytest.mark.gpu
 def test_bf16_logits_of_a_real_size():
     torch.manual_seed(0)

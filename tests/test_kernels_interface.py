@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import default_backend, lightning_attention, lightning_attention_step
 from kernels.launch import force
@@ -108,6 +109,22 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="backend='triton' needs a CUDA device and q is on cpu"):
         lightning_attention(q, k, v, slopes, backend="triton")
+
+
+def test_fake_tensors_are_traced_without_their_values():
+    with FakeTensorMode() as mode:
+        q, slopes, bounds = (
+            mode.from_tensor(x)
+            for x in (torch.zeros(1, 5, 2, 8), torch.ones(2), torch.tensor([0, 5], dtype=torch.int32))
+        )
+        o, state = lightning_attention(q, q, q, slopes, None, True, bounds)
+    assert (o.shape, state.shape) == ((1, 5, 2, 8), (1, 2, 8, 8))
+
+
+def test_sparse_input_is_refused():
+    q = torch.zeros(1, 5, 2, 8)
+    with pytest.raises(ValueError, match=r"k has layout torch.sparse_coo; allowed: torch.strided"):
+        lightning_attention(q, q.to_sparse(), q, torch.ones(2))
 
 
 def test_backend_and_state_by_default():

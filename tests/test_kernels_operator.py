@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import chunked, lightning_attention, lightning_attention_step, reference
 from kernels.launch import Warps, force
+from kernels.quadratic import quadratic_attention
 
 # Slow (weights split around their mean), usual, none, and one whose inverse powers overflow fp32 in a chunk.
 SLOPES = [0.02, 0.3, 0.0, 9.0]
@@ -291,3 +292,44 @@ def test_torch_backend_is_linear_in_memory_and_loops_over_neither_tokens_nor_doc
             chunked.forward(q, k, v, slopes, None, cu_seqlens, o, None, None)
         assert operations.largest <= 16 * N * D
         assert operations.count <= 16_000  # a loop over 1,000 documents takes over 100 for each
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_inputs_under_the_interpreter(dtype):
+    """Triton's interpreter multiplies the bits of bf16 as whole numbers, so products there are in fp32."""
+    tensors, slopes = make_inputs(2, 40, 2, 16, 24, dtype=dtype)
+    results = run(tensors, slopes, "triton")
+    assert [x.dtype for x in results] == [dtype, torch.float32, dtype, dtype, dtype, torch.float32]
+    assert_close(results, expected(tensors, slopes), 5e-3)
+    q, k, v = tensors[:3]
+    o = quadratic_attention(q, k, v, slopes, backend="triton")
+    assert o.dtype == dtype
+    assert relative_error(o, quadratic_attention(q.double(), k.double(), v.double(), slopes)) < 5e-3
+
+
+@pytest.mark.parametrize("misplaced", range(3))
+def test_inputs_may_begin_anywhere(misplaced):
+    """A contiguous tensor whose first element is no multiple of 16 bytes can't be moved as it lies."""
+    tensors, slopes = make_inputs(1, 20, 2, 16, 16)
+    shifted = [torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x) for x in tensors[:3]]
+    assert shifted[0].is_contiguous()
+    assert shifted[0].data_ptr() % 16
+    given = [*tensors[:misplaced], shifted[misplaced], *tensors[misplaced + 1 :]]
+    assert_close(run(given, slopes, "triton"), expected(tensors, slopes))
+    quadratic = quadratic_attention(*given[:3], slopes, backend="triton")
+    assert relative_error(quadratic, quadratic_attention(*tensors[:3], slopes, backend="torch")) < TOLERANCE
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_changes_nothing(backend):
+    tensors, slopes = make_inputs(1, 70, 2, 16, 24)
+    plain, step = run(tensors, slopes, backend), [x[:, 0] for x in tensors[:3]]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        cast = run(tensors, slopes, backend)
+        o, state = lightning_attention_step(*step, slopes, tensors[3])
+    assert_close(cast[:2], plain[:2], 1e-7)
+    if backend == "torch":
+        assert_close(cast, plain, 1e-7)
+    expected_o, expected_state = lightning_attention_step(*step, slopes, tensors[3])
+    assert torch.equal(o, expected_o)
+    assert torch.equal(state, expected_state)

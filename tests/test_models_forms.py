@@ -179,6 +179,14 @@ def test_bf16_loss_keeps_fp32_gradients_of_the_head():
     assert x.grad.dtype == torch.bfloat16
 
 
+def test_the_loss_is_not_cast_by_autocast():
+    """Its gradients are formed in forward, in the dtypes of the weights."""
+    head, x, targets = LMHead(16, 50), torch.randn(2, 7, 16), torch.randint(0, 50, (2, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head(x, targets)
+    assert torch.equal(loss, head(x, targets))
+
+
 def test_lrpe_scores_depend_on_the_distance_only():
     lrpe = LRPE(make_config())
     with torch.no_grad():

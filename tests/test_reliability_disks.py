@@ -1,18 +1,23 @@
 """A disk that fills up while a run saves, logs or prepares data, and one without room for a checkpoint."""
 
 import contextlib
+import errno
 import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import reliability_faults
+import torch
 from reliability_checks import train
 from training_helpers import lines
 
+from data.errors import DataError
+from data.files import explain_write_errors
 from training import setup
-from training.checkpoint import newest_checkpoint
+from training.checkpoint import newest_checkpoint, write_safetensors
 from training.config import TrainConfig, compose
 from training.errors import SettingError
 from training.run_folder import RunFolder
@@ -84,8 +89,35 @@ def test_a_start_without_room_for_its_checkpoints_is_refused(tmp_path, monkeypat
     monkeypatch.setattr(setup.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
     setup._check_space(config, folder, state)
     free[0] -= 1
-    with pytest.raises(SettingError, match=r"its checkpoints need .* GiB more \(4 of"):
+    with pytest.raises(SettingError, match=r"its checkpoints need [1-9]\d*\.\d\d MiB more \(4 of"):
         setup._check_space(config, folder, state)
+
+
+def test_a_start_that_can_t_write_its_lock_says_so(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(DataError, match="no space left to write"):
+        RunFolder(tmp_path).lock()
+
+
+def test_a_model_that_finds_no_space_says_so(tmp_path):
+    """Its library hides the operating system's error."""
+    with small_disk(tmp_path / "disk", 40) as disk, explain_write_errors(disk):
+        write_safetensors(disk / "small.safetensors", {"w": torch.zeros(100)})
+        with pytest.raises(OSError, match="No space left"):
+            write_safetensors(disk / "large.safetensors", {"w": torch.zeros(100_000)})
+
+
+@pytest.mark.parametrize("words", ["-m scripts.plan --help", "eval.py --help"])
+def test_output_that_finds_no_space_says_so(words):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, *words.split()], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert ended.returncode == 2
+    assert ended.stderr == "error: the output can't be written (No space left on device): free some space.\n"
 
 
 def test_a_full_disk_of_compiled_code_is_named(text, tmp_path):

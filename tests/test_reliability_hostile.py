@@ -29,9 +29,10 @@ from scripts.sweep import SweepConfig
 from training.checkpoint import open_checkpoint
 from training.config import compose, flatten, load_saved_config, model_config_from
 from training.errors import SettingError
+from training.run_folder import RunFolder
 from training.state import saved_state
 from training.sweep import MEASURED, Manifest, expand
-from training.weights import load_model
+from training.weights import find_model, load_model
 
 pytestmark = pytest.mark.slow
 
@@ -747,6 +748,29 @@ def test_an_evaluation_says_what_a_checkpoint_makes_it_read_and_writes_in_its_ow
     assert f"scoring the validation split of data=text, data.path={place.folder}/text" in ranks.stderr()
     assert [path.name for path in place.outside.iterdir()] == ["secret"]
     assert any((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_checkpoint_that_is_no_folder_stops_the_run_before_it_starts_over(linked, tmp_path):
+    """A link is not followed, and a run that passed over it would begin anew and drop its metrics."""
+    folder = RunFolder(tmp_path / "run")
+    step = folder.checkpoints / "step_00000006"
+    folder.checkpoints.mkdir(parents=True)
+    if linked:
+        (tmp_path / "elsewhere").mkdir()
+        step.symlink_to(tmp_path / "elsewhere")
+    else:
+        step.touch()
+    with pytest.raises(SettingError, match=f"{step} is {'a link' if linked else 'no folder'}"):
+        folder.enter("auto", overwrite=False)
+
+
+def test_a_run_does_not_hide_a_model(clean, tmp_path):
+    export = shutil.copytree(clean / "export", tmp_path / "export")
+    with pytest.raises(SettingError, match=f"holds an imported or exported model.*init_from={export}"):
+        RunFolder(export).enter("auto", overwrite=False)
+    (export / "checkpoints").mkdir()
+    assert find_model(str(export)) == export
 
 
 def test_no_secret_is_written(clean, tmp_path):

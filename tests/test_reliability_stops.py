@@ -191,6 +191,56 @@ def test_what_a_stop_left_out_is_made_up_for(text, tmp_path):
     finished = train(text, run_dir, "max_steps=3")
     assert finished.wait() == [0]
     assert "finished at step 3" in finished.stderr()
+    assert not (
+        run_dir / "report.md"
+    ).exists()  # these starts leave it out, as a kill while it is written would
+    assert train(text, run_dir, "max_steps=3", faults={0: [("real_report",)]}).wait() == [0]
+    assert (run_dir / "report.md").exists()
+
+
+def test_a_stopped_run_says_how_to_go_on_where_the_same_command_would_not(text, tmp_path):
+    marker, run_dir = tmp_path / "marker", tmp_path / "run"
+    faults = {0: [("impatient",), ("pause_in", "forward", str(marker), 1.0, 3)]}
+    ranks = train(text, run_dir, "max_steps=9", "resume=never", faults=faults)
+    wait_for(marker.exists)
+    ranks.signal(signal.SIGTERM, 0)
+    assert ranks.wait() == [75]
+    assert "run it with resume=auto to go on" in ranks.stderr()
+    assert train(text, run_dir, "max_steps=9", "resume=auto").wait() == [0]
+    assert sorted(lines(run_dir)) == list(range(1, 10))
+
+
+LOSES_ITS_STARTER = """
+import os, subprocess, sys, time
+starter = os.getppid()
+while os.getppid() == starter:
+    time.sleep(0.05)
+program = "from training.processes import lost_launcher; print(lost_launcher())"
+with open(os.environ["ANSWER"] + ".tmp", "w") as answer:
+    print(os.getppid(), file=answer, flush=True)
+    subprocess.run([sys.executable, "-c", program], stdout=answer, check=True)
+os.rename(answer.name, os.environ["ANSWER"])
+"""
+
+
+@pytest.mark.parametrize(("module", "lost"), [("deepspeed.launcher.launch", "deepspeed"), ("other", "None")])
+def test_a_launcher_that_has_ended_before_a_rank_could_look_is_missed(module, lost, tmp_path):
+    """The launcher of launch.py here is a shell that ends at once; a rank is asked after that."""
+    file = tmp_path.joinpath(*module.split(".")).with_suffix(".py")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(LOSES_ITS_STARTER)
+    for package in list(file.parents)[: module.count(".")]:
+        (package / "__init__.py").touch()  # goes before the installed one
+    answer = tmp_path / "answer"
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    variables = os.environ | {"PYTHONPATH": path, "ANSWER": str(answer)}
+    start = f"{sys.executable} -m {module} & sleep 0.3"
+    subprocess.run(["sh", "-c", start], env=variables, cwd=tmp_path, start_new_session=True, check=True)
+    wait_for(answer.exists)
+    parent, found = answer.read_text().split()
+    if parent != "1":
+        pytest.skip("orphans of this machine go to another process than the first")
+    assert found == lost
 
 
 def kill_a_rank(text: Path, folder: Path, rank: int, phase: str) -> None:

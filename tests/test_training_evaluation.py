@@ -191,6 +191,8 @@ def test_bytes_are_those_of_the_scored_tokens_within_a_character_too(max_tokens)
     ("tokenizer", "text", "max_tokens", "num_bytes"),
     [
         (ByteTokenizer(), "a\ufffd\ufffd\ufffdb", 4, 4),
+        *((ByteTokenizer(), "é\ufffd\ufffdab", number, number) for number in range(1, 11)),
+        *((ByteTokenizer(), "日\ufffd", number, number) for number in range(1, 7)),
         (CharacterTokenizer("ab"), "a日本語b", 2, 4),
         (CharacterTokenizer("ab"), "a日本語b", 3, 7),
     ],

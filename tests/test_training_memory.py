@@ -153,6 +153,8 @@ def test_resolve_micro_batch():
     fixed = settings("micro_batch_size=3", "tokenizer=bytes")
     with pytest.raises(SettingError, match=r"micro_batch_size=3 .* 64 sequences .*1, 2, 4, 8, 16, 32, 64"):
         resolve_micro_batch(fixed, 1, CPU, None)
+    with pytest.raises(SettingError, match=r"micro_batch_size=3 .*Allowed: micro_batch_size=auto"):
+        resolve_micro_batch(fixed, 1, CPU, 3)  # a run that goes on with another number of ranks
     with pytest.raises(SettingError, match=r"batch_tokens=65536 .* 3 ranks .*multiple of 3072"):
         resolve_micro_batch(config, 3, CPU, None)
     uneven = settings("seq_len=1000", "batch_tokens=24000", "tokenizer=bytes")

@@ -205,7 +205,7 @@ def _write_fragments(folder: Path, fragments: Iterable[Fragment], rank: int) -> 
         nonlocal size
         if tensors:
             path = folder / f"rank{rank:05d}-{len(files):05d}.safetensors"
-            _write_safetensors(path, tensors)
+            write_safetensors(path, tensors)
             files[path.name] = _entry(path)
             tensors.clear()
             size = 0
@@ -224,9 +224,10 @@ def _write_fragments(folder: Path, fragments: Iterable[Fragment], rank: int) -> 
     return {"files": files, "shapes": shapes}
 
 
-def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to the disk; one that is full raises an OSError, as with any other file."""
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
     except SafetensorError as error:  # it hides the operating system's error: ask the disk again
         with open(path, "ab") as file:
             os.posix_fallocate(file.fileno(), 0, sum(t.nbytes for t in tensors.values()))

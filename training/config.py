@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import io
 import math
 import os
 import re
@@ -32,9 +33,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from data.config import DataConfig, TokenizerConfig
-from data.files import read_limited, write_atomically
+from data.files import NO_SPACE, read_limited, write_atomically
 from models.config import ModelConfig
-from training.errors import EXIT_USER_ERROR, USER_ERRORS, SettingError
+from training.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, USER_ERRORS, SettingError
 from training.optimizer import OptimConfig, ScheduleConfig, ramped
 
 CONFIG_LIMIT_BYTES = 32 * 2**10
@@ -589,26 +590,41 @@ def run_command(
 
     Prints help for --help, and for a user's error its text alone on stderr with exit code 2.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal has no such character
     arguments = command_line()
-    if "--help" in arguments or "-h" in arguments:
-        with reader_may_leave():
-            print(help_text(description, schema, config_name))
-        sys.exit(0)
     try:
+        if "--help" in arguments or "-h" in arguments:
+            with reader_may_leave():
+                print(help_text(description, schema, config_name))
+            sys.exit(0)
         code = main(compose(schema, arguments, config_name))
+        with reader_may_leave():
+            sys.stdout.flush()
     except USER_ERRORS as error:
         fail(error)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
     sys.exit(code or 0)
 
 
 @contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """Around printing whose reader may have seen enough, as `head` has: that ends it without a word."""
+    """Around printing whose reader may have seen enough, as `head` has: that ends it without a word.
+
+    Raises:
+        SettingError: what is printed goes to a file, and its disk is full.
+    """
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        leaves = isinstance(error, BrokenPipeError)
+        if not leaves and error.errno not in NO_SPACE:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more on leaving
+        if not leaves:
+            raise SettingError(f"the output can't be written ({error.strerror}): free some space.") from None
 
 
 def command_line() -> list[str]:

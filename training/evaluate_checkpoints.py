@@ -43,7 +43,7 @@ TIMEOUT_MINUTES = 240.0  # ranks may wait this long for one that has longer docu
 WINDOW_RULES = {
     "disjoint": "windows of seq_len inputs that don't overlap, each from a fresh state",
     "strided": "overlapping windows of seq_len inputs; after the first, each scores its last stride targets",
-    "streaming": "the state is carried over the whole document; seq_len is the chunk and changes no number",
+    "streaming": "the state is carried over the document; seq_len, the chunk, matters by rounding only",
 }
 Evaluation = tuple[RunFolder, dict[str, Any]]  # where it belongs, and what its file holds
 

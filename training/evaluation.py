@@ -30,6 +30,7 @@ from training.errors import SettingError
 
 WINDOWS = ("disjoint", "strided", "streaming")
 BOOTSTRAP_SAMPLES = 1000
+LONGEST_CHARACTER = 4  # bytes in UTF-8
 
 
 @dataclass(slots=True)
@@ -94,15 +95,24 @@ def documents_of(split, tokenizer, max_tokens: int = 0) -> list[EvalDocument]:
         ids, rest = ids[:kept], ids[kept:]
         text = tokenizer.decode(ids.tolist())
         if len(rest):
-            num_bytes = len(text.encode())
-            after = tokenizer.decode(rest.tolist()) if text.endswith("\ufffd") else ""
-            if after and text + after != (everything := tokenizer.decode([*ids.tolist(), *rest.tolist()])):
-                # cut within a character: the rest begins with its other bytes, of which each is U+FFFD
-                whole = after.lstrip("\ufffd")
-                num_bytes = len(everything.encode()) - (len(after) - len(whole)) - len(whole.encode())
+            num_bytes = _bytes_of_cut(ids.tolist(), rest.tolist(), tokenizer)
         documents.append(EvalDocument(ids, num_bytes, len(text.split())))
         left -= len(ids) - 1
     return documents
+
+
+def _bytes_of_cut(ids: list[int], rest: list[int], tokenizer) -> int:
+    """Bytes of the text of `ids`, which `rest` follows; the cut may lie within a character.
+
+    Then the tokens on both sides of it are bytes: as many of `rest` are missing from `ids` as it takes for
+    the texts of both sides to be the whole text.
+    """
+    everything = tokenizer.decode(ids + rest)
+    for missing in range(LONGEST_CHARACTER):
+        begun = tokenizer.decode(ids + rest[:missing])
+        if begun + tokenizer.decode(rest[missing:]) == everything:
+            return len(begun.encode()) - missing
+    return len(tokenizer.decode(ids).encode())
 
 
 def evaluate(
@@ -120,7 +130,7 @@ def evaluate(
 
     Args:
         forward: the model, called as `TransNormer` is; on every rank equally often (ZeRO 3 needs that).
-        seq_len: window in tokens (streaming: the largest chunk, which changes no number).
+        seq_len: window in tokens (streaming: the largest chunk, which matters by rounding only).
         stride: strided: targets scored a window; default half of seq_len.
         batch_tokens: tokens of a forward pass, at least one window.
         progress: called with the tokens that all ranks together have scored since the last call.

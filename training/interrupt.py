@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from training.errors import EXIT_PREEMPTED
-from training.processes import launchers
+from training.processes import launchers, lost_launcher
 
 POLL_SECONDS = 1.0
 END = 0  # no signal's number
@@ -45,6 +45,8 @@ class Interrupt:
         self._at_once = False
         self._num_interrupts = 0
         self._launchers = launchers()
+        if lost := lost_launcher():
+            self.reason = f"its launcher, {lost}, is gone"
         numbers = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
             numbers.append(signal.SIGHUP)

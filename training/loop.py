@@ -54,16 +54,17 @@ class Stopped(Exception):
     """All ranks have agreed to stop here."""
 
 
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig, interrupt: Interrupt) -> int:
     """Run or resume the training that `config` describes, on this rank; returns the exit code.
+
+    `interrupt` says when to stop, and is closed.
 
     Raises:
         SettingError, DataError: something the user can mend; nothing has been overwritten.
     """
-    distributed.check_launcher()
     folder = RunFolder(config.run_dir)
-    interrupt = Interrupt()
     try:
+        distributed.check_launcher()
         with interrupt.at_once():
             world = distributed.start(config.engine.timeout_minutes, config.engine.join_seconds)
             world.on_first(lambda: folder.enter(config.resume, config.overwrite))
@@ -72,12 +73,12 @@ def train(config: TrainConfig) -> int:
             return _train(config, folder, world, interrupt, watchdog)
     except StopRequested:
         if distributed.is_first():
-            print(f"stopped ({interrupt.reason}); run the same command to go on.", file=sys.stderr)
+            print(f"stopped ({interrupt.reason}); {_how_to_go_on(config)}.", file=sys.stderr)
         return EXIT_PREEMPTED
     except KeyboardInterrupt:
         if distributed.is_first():
             print(
-                "stopped at once (SIGINT twice), saving nothing; the same command goes on from the last "
+                f"stopped at once (SIGINT twice), saving nothing; {_how_to_go_on(config)} from the last "
                 "checkpoint.",
                 file=sys.stderr,
             )
@@ -86,6 +87,12 @@ def train(config: TrainConfig) -> int:
         folder.unlock()
         interrupt.close()
         distributed.stop()
+
+
+def _how_to_go_on(config: TrainConfig) -> str:
+    if config.resume == "never":  # the same command would refuse the run, or delete it
+        return "run it with resume=auto to go on"
+    return "run the same command to go on"
 
 
 def _train(
@@ -98,6 +105,8 @@ def _train(
     with interrupt.at_once():
         run = set_up(config, folder, world, log)
     if run is None:
+        if world.is_first and not folder.report.exists():  # killed while it was written
+            write_run_report(folder)
         return 0
     trainer = None
     try:
@@ -478,10 +487,10 @@ class Trainer:
         }
 
     def _preempt(self) -> int:
-        """Save and leave when asked to stop; the same command goes on from here."""
+        """Save and leave when asked to stop; a resume goes on from here."""
         self._save()
         reason = self.interrupt.reason or "another rank was asked to stop"
-        self._say(f"stopped at step {self.state.step} ({reason}); run the same command to go on.")
+        self._say(f"stopped at step {self.state.step} ({reason}); {_how_to_go_on(self.config)}.")
         return EXIT_PREEMPTED
 
     def _give_up(self, reason: str) -> int:

@@ -219,9 +219,12 @@ def resolve_micro_batch(config: TrainConfig, world_size: int, device: torch.devi
     per_rank = sequences_per_rank(config, world_size)
     if config.micro_batch_size != "auto":
         if per_rank % config.micro_batch_size:
+            allowed = f"{', '.join(map(str, divisors(per_rank)))}, or auto"
+            if wish:  # no other number than the run's is
+                allowed = "micro_batch_size=auto, with which the run goes on with as many as fit"
             raise SettingError(
                 f"micro_batch_size={config.micro_batch_size} does not divide the {per_rank} sequences of a "
-                f"rank's step: allowed are {', '.join(map(str, divisors(per_rank)))}, or auto."
+                f"rank's step. Allowed: {allowed}."
             )
         return config.micro_batch_size
     if wish:

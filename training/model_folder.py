@@ -23,14 +23,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data.files import (
     check_plain_name,
     explain_write_errors,
     open_regular,
-    open_to_others,
     read_json_object,
     sha256_of,
     sync_folder,
@@ -42,11 +40,12 @@ from models.config import ModelConfig
 from models.published import FIELDS, model_config_from_published, published_fields
 from models.standalone import FILE_NAME, standalone_source
 from models.transnormer import TransNormer
-from training.checkpoint import CheckpointError
+from training.checkpoint import CheckpointError, write_safetensors
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 JSON_LIMIT_BYTES = 64 * 2**20
 SHARD_BYTES = 5 * 10**9
+METADATA = {"format": "pt"}  # of the weights, for transformers
 # fields of transformers that don't change what the model computes
 METADATA_FIELDS = (
     "_name_or_path",
@@ -313,18 +312,13 @@ def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
         shards[-1][name] = tensor.contiguous()
         size += tensor.nbytes
     if len(shards) == 1:
-        _save(shards[0], folder / WEIGHTS)
+        write_safetensors(folder / WEIGHTS, shards[0], METADATA)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save(shard, folder / file)
+        write_safetensors(folder / file, shard, METADATA)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
-    open_to_others(path)

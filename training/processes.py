@@ -60,6 +60,35 @@ def launchers() -> list[Process]:
     return found
 
 
+def lost_launcher() -> str | None:
+    """The launcher that has ended before this process could look, or None.
+
+    torchrun starts ranks itself; `deepspeed` starts launch.py, in its own process group, and that starts
+    them. Who has lost its parent is a child of process 1, which in a container may be the launcher itself.
+    """
+    above = launchers()
+    top = above[-1].pid if above else os.getpid()
+    status = _status(top)
+    if status is None or status.parent != 1:
+        return None
+    if not above and "TORCHELASTIC_RUN_ID" in os.environ:
+        name = "torchrun"
+    elif b"deepspeed.launcher.launch" in _command(top) and os.getpgid(top) != top:
+        name = "deepspeed"
+    else:
+        return None
+    first = b" ".join(_command(1))
+    return None if b"torch" in first or b"deepspeed" in first else name
+
+
+def _command(pid: int) -> list[bytes]:
+    """The words of its command line; empty where there is no such process."""
+    try:
+        return (PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
 def _process(pid: int) -> Process | None:
     status = _status(pid)
     return Process(pid, status.started) if status else None

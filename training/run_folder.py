@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data.files import explain_write_errors
 from training.errors import SettingError
+from training.model_folder import is_model_folder
 
 CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # some network file systems
 
@@ -40,12 +41,15 @@ class RunFolder:
             SettingError: names the link.
         """
         ours = [value for value in vars(self).values() if isinstance(value, Path) and value != self.path]
-        for entry in (*ours, self.path / "wandb"):
+        for entry in (*ours, self.path / "wandb", *self.checkpoints.glob("step_*")):
             if entry.is_symlink():
                 raise SettingError(
                     f"{entry} is a link: links in a run's folder are not followed. "
                     "Replace it by what it leads to."
                 )
+        for entry in self.checkpoints.glob("step_*"):
+            if not entry.is_dir():
+                raise SettingError(f"{entry} is no folder, where a checkpoint belongs: move it away.")
 
     def holds_run(self) -> bool:
         """Whether a run has been started here."""
@@ -59,12 +63,17 @@ class RunFolder:
         """Lock the folder, which is made if it isn't there; what is in it stays.
 
         Raises:
-            SettingError: another process trains in it, or it is a sweep's; resume=must without a checkpoint
-                there, or resume=never with a run there, unless `overwrite` allows it.
+            SettingError: another process trains in it, or it holds a sweep or a model; resume=must without a
+                checkpoint there, or resume=never with a run there, unless `overwrite` allows it.
         """
         self.lock()
         if (self.path / "sweep.json").exists():
             raise SettingError(f"run_dir={self.path} holds a sweep: choose another folder for the run.")
+        if is_model_folder(self.path):
+            raise SettingError(
+                f"run_dir={self.path} holds an imported or exported model, which a run there would hide. "
+                f"Choose another run_dir; init_from={self.path} starts from these weights."
+            )
         if resume == "must" and not self.has_checkpoint():
             raise SettingError(
                 f"resume=must, but {self.path} holds no checkpoint. Use resume=auto to start one."
@@ -113,8 +122,9 @@ class RunFolder:
                 "Make sure yourself that nothing else trains there.",
                 file=sys.stderr,
             )
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        with explain_write_errors(self.path):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._lock = descriptor
 
     def unlock(self) -> None:

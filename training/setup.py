@@ -225,7 +225,11 @@ def _check_space(config: TrainConfig, folder: RunFolder, state: RunState) -> Non
     needed, free = max(most - kept, 1) * size, shutil.disk_usage(folder.path).free + freed
     if free < needed:
         raise SettingError(
-            f"run_dir={folder.path}: {free / 2**30:.2f} GiB are free, and its checkpoints need "
-            f"{needed / 2**30:.2f} GiB more ({max(most - kept, 1)} of {size / 2**30:.2f} GiB). "
+            f"run_dir={folder.path}: {_in_words(free)} are free, and its checkpoints need "
+            f"{_in_words(needed)} more ({max(most - kept, 1)} of {_in_words(size)}). "
             "Free some space, lower keep_checkpoints, or choose another run_dir."
         )
+
+
+def _in_words(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"

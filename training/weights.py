@@ -101,7 +101,7 @@ def find_models(spec: str, log: Callable[[str], None], key: str = "checkpoint") 
     if not path.is_dir():
         raise CheckpointError(f"{key}={spec}: no such folder. Give a run folder, a checkpoint or an export.")
     run = RunFolder(path)
-    if run.checkpoints.is_dir():
+    if run.checkpoints.is_dir() and not is_model_folder(path):
         try:
             newest = newest_checkpoint(run.checkpoints, log)
         except CheckpointError as error:
@@ -111,6 +111,8 @@ def find_models(spec: str, log: Callable[[str], None], key: str = "checkpoint") 
         return [newest.folder]
     if (path / MANIFEST).exists() or (path / "state.json").exists() or is_model_folder(path):
         return [path]
+    if path.name == run.checkpoints.name and any(path.glob("step_*")):
+        raise CheckpointError(f"{key}={spec} holds a run's checkpoints: give the run, {path.parent}, or one.")
     raise CheckpointError(f"{key}={spec}: neither a run folder nor a checkpoint nor an export.")
 
 
