@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.cross_entropy import cross_entropy
+from kernels.reference import without_autocast
 from models.config import ModelConfig
 
 LOGITS_PER_CHUNK = 2**28  # logits held at once by the loss: 512 MiB in bf16
@@ -127,16 +128,18 @@ class LMHead(Linear):
         """
         if targets is None:
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return self._loss(x, targets, reduction)
+        return _linear_cross_entropy(x, self.weight.to(x.dtype), targets, reduction)
 
-    def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        weight, flat = self.weight.to(x.dtype), x.flatten(0, 1)
-        if reduction == "none" or not torch.is_grad_enabled():
-            chunks = _logits_in_chunks(flat, weight, targets.flatten())
-            losses = [cross_entropy(logits, part, with_gradient=False) for logits, part, _ in chunks]
-            return torch.cat(losses).view_as(targets) if reduction == "none" else torch.cat(losses).sum()
-        return LinearCrossEntropy.apply(flat, weight, targets.flatten())
+
+@without_autocast
+def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """The loss of logits x @ weight.T, which are never held whole; see LMHead.forward."""
+    flat = x.flatten(0, 1)
+    if reduction == "none" or not torch.is_grad_enabled():
+        chunks = _logits_in_chunks(flat, weight, targets.flatten())
+        losses = [cross_entropy(logits, part, with_gradient=False) for logits, part, _ in chunks]
+        return torch.cat(losses).view_as(targets) if reduction == "none" else torch.cat(losses).sum()
+    return LinearCrossEntropy.apply(flat, weight, targets.flatten())
 
 
 def _logits_in_chunks(x: Tensor, weight: Tensor, targets: Tensor):

@@ -20,7 +20,7 @@ from data.tokenizer import Tokenizer
 from models.generation import SamplingConfig, generate
 from models.transnormer import TransNormer
 from training.config import reader_may_leave, run_command
-from training.errors import EXIT_INTERRUPTED, SettingError
+from training.errors import SettingError
 from training.weights import check_precision, find_model, load_model
 
 
@@ -67,15 +67,11 @@ def main(config: GenerateConfig) -> int:
     use_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if use_gpu else "cpu")
     trained = load_model(path, device, config.precision)
-    try:
-        with reader_may_leave():
-            print(config.prompt, end="", flush=True)
-            for text in continuation(trained.model, trained.tokenizer, config, device):
-                print(text, end="", flush=True)
-            print()
-    except KeyboardInterrupt:
+    with reader_may_leave():
+        print(config.prompt, end="", flush=True)
+        for text in continuation(trained.model, trained.tokenizer, config, device):
+            print(text, end="", flush=True)
         print()
-        return EXIT_INTERRUPTED
     return 0
 
 

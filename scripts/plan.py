@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models.config import ModelConfig
-from training.config import TrainConfig, run_command
+from training.config import TrainConfig, reader_may_leave, run_command
 from training.errors import SettingError
 from training.memory import (
     GPU_MEMORY_GIB,
@@ -60,7 +60,8 @@ def main(config: PlanConfig) -> None:
     """Print the plan."""
     config = with_vocabulary(config)
     per_gpu = sequences_per_rank(config, config.num_gpus)
-    print("\n\n".join([_model(config), _memory(config, per_gpu), _time(config)]))
+    with reader_may_leave():
+        print("\n\n".join([_model(config), _memory(config, per_gpu), _time(config)]))
 
 
 def _model(config: PlanConfig) -> str:

@@ -77,6 +77,12 @@ def test_wrong_arguments_are_refused():
         quadratic_attention(*(x.double() for x in tensors[:3]), slopes, backend="triton")
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the interpreter; on a GPU see below")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_under_the_interpreter(dtype):
+    check(40, 16, 24, "triton", dtype=dtype, tolerance=4e-3 if dtype == torch.bfloat16 else 6e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("N", "Dk", "Dv"), [(1000, 128, 128), (515, 256, 128), (700, 64, 64)])

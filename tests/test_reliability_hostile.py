@@ -767,10 +767,15 @@ def test_a_checkpoint_that_is_no_folder_stops_the_run_before_it_starts_over(link
 
 def test_a_run_does_not_hide_a_model(clean, tmp_path):
     export = shutil.copytree(clean / "export", tmp_path / "export")
+    folder = RunFolder(export)
     with pytest.raises(SettingError, match=f"holds an imported or exported model.*init_from={export}"):
-        RunFolder(export).enter("auto", overwrite=False)
+        folder.enter("auto", overwrite=False)
+    folder.unlock()
     (export / "checkpoints").mkdir()
     assert find_model(str(export)) == export
+    begun = shutil.copytree(clean / "run/checkpoints", export / "checkpoints", dirs_exist_ok=True)
+    folder.enter("auto", overwrite=False)  # a run that was begun there all the same goes on
+    assert find_model(str(export)).parent == begun
 
 
 def test_no_secret_is_written(clean, tmp_path):

@@ -604,6 +604,7 @@ def run_command(
     except USER_ERRORS as error:
         fail(error)
     except KeyboardInterrupt:
+        print(file=sys.stderr)  # what a terminal shows of Ctrl-C, or what was being written, is no whole line
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(code or 0)
 

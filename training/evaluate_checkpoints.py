@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data.config import DataConfig, TokenizerConfig
 from data.files import explain_write_errors, write_atomically
 from training import distributed
-from training.config import load_saved_config
+from training.config import load_saved_config, reader_may_leave
 from training.distributed import World
 from training.errors import SettingError
 from training.evaluation import WINDOWS, EvalResult, evaluate, resolve_stride
@@ -294,8 +294,9 @@ def _show(config: EvalConfig, evaluations: list[Evaluation], world: World) -> No
     for home, content in evaluations:
         prefix = f"{home.path.name} " if len(homes) > 1 else ""
         rows += [(prefix + first, *others) for first, *others in evaluation_rows(content)]
-    print(f"window={config.window}: {WINDOW_RULES[config.window]}")
-    print(aligned_table(EVALUATION_COLUMNS, rows))
+    with reader_may_leave():
+        print(f"window={config.window}: {WINDOW_RULES[config.window]}")
+        print(aligned_table(EVALUATION_COLUMNS, rows))
     contents = [content for _, content in evaluations]
     if config.output:
         _write(Path(config.output), contents if len(contents) > 1 else contents[0], world)

@@ -45,7 +45,7 @@ class Interrupt:
         self._at_once = False
         self._num_interrupts = 0
         self._launchers = launchers()
-        if lost := lost_launcher():
+        if lost := lost_launcher(self._launchers):
             self.reason = f"its launcher, {lost}, is gone"
         numbers = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup

@@ -60,13 +60,12 @@ def launchers() -> list[Process]:
     return found
 
 
-def lost_launcher() -> str | None:
-    """The launcher that has ended before this process could look, or None.
+def lost_launcher(above: list[Process]) -> str | None:
+    """The launcher that has ended before this process could look, or None; `above`: `launchers()`.
 
     torchrun starts ranks itself; `deepspeed` starts launch.py, in its own process group, and that starts
     them. Who has lost its parent is a child of process 1, which in a container may be the launcher itself.
     """
-    above = launchers()
     top = above[-1].pid if above else os.getpid()
     status = _status(top)
     if status is None or status.parent != 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 from data.files import explain_write_errors
+from training.checkpoint import STEP_FOLDER
 from training.errors import SettingError
 from training.model_folder import is_model_folder
 
@@ -38,17 +40,17 @@ class RunFolder:
         """Refuse a folder that leads out of itself: what is in it may come from elsewhere.
 
         Raises:
-            SettingError: names the link.
+            SettingError: names the link, or a file in a checkpoint's place.
         """
         ours = [value for value in vars(self).values() if isinstance(value, Path) and value != self.path]
-        for entry in (*ours, self.path / "wandb", *self.checkpoints.glob("step_*")):
+        steps = (path for path in self.checkpoints.glob("step_*") if STEP_FOLDER.fullmatch(path.name))
+        for entry in itertools.chain(ours, [self.path / "wandb"], steps):
             if entry.is_symlink():
                 raise SettingError(
                     f"{entry} is a link: links in a run's folder are not followed. "
                     "Replace it by what it leads to."
                 )
-        for entry in self.checkpoints.glob("step_*"):
-            if not entry.is_dir():
+            if entry.parent == self.checkpoints and not entry.is_dir():
                 raise SettingError(f"{entry} is no folder, where a checkpoint belongs: move it away.")
 
     def holds_run(self) -> bool:
@@ -69,7 +71,7 @@ class RunFolder:
         self.lock()
         if (self.path / "sweep.json").exists():
             raise SettingError(f"run_dir={self.path} holds a sweep: choose another folder for the run.")
-        if is_model_folder(self.path):
+        if is_model_folder(self.path) and not self.has_checkpoint():
             raise SettingError(
                 f"run_dir={self.path} holds an imported or exported model, which a run there would hide. "
                 f"Choose another run_dir; init_from={self.path} starts from these weights."

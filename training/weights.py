@@ -101,14 +101,15 @@ def find_models(spec: str, log: Callable[[str], None], key: str = "checkpoint") 
     if not path.is_dir():
         raise CheckpointError(f"{key}={spec}: no such folder. Give a run folder, a checkpoint or an export.")
     run = RunFolder(path)
-    if run.checkpoints.is_dir() and not is_model_folder(path):
+    if run.checkpoints.is_dir():
         try:
             newest = newest_checkpoint(run.checkpoints, log)
         except CheckpointError as error:
             raise CheckpointError(f"{key}={spec}: {error}") from None
-        if newest is None:
+        if newest is not None:
+            return [newest.folder]
+        if not is_model_folder(path):
             raise CheckpointError(f"{key}={spec}: the run holds no checkpoint yet.")
-        return [newest.folder]
     if (path / MANIFEST).exists() or (path / "state.json").exists() or is_model_folder(path):
         return [path]
     if path.name == run.checkpoints.name and any(path.glob("step_*")):
