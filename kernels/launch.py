@@ -13,6 +13,8 @@ import torch
 
 STATE_BLOCK = 64
 SEGMENT_TOKENS = 1024  # in a shorter segment, reading and writing its state weighs more than its rows
+PART_TOKENS = 4096  # of a segment whose state is computed in parts, side by side
+MOST_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ _HOPPER = {
         value_block=128,
         walk=Warps(8, 3),
         dk_dv=Warps(8, 3),
-        states=Warps(4, 4),
+        states=Warps(4, 3),
         split_weights=True,
         gluon=True,
     ),
@@ -87,12 +89,14 @@ def choose_launch(dtype: torch.dtype, head_dim: int, device: torch.device) -> La
         table = _FP32
     elif device.type == "cuda":
         table = _TABLES.get(torch.cuda.get_device_capability(device), _ADA)
-    changes = {name: value for name, value in _forced.items() if name != "segments"}
+    changes = {name: value for name, value in _forced.items() if name not in ("segments", "parts")}
     return replace(table[max(64, padded(head_dim))], **changes)
 
 
-def num_segments(num_sequences: int, num_tokens: int, num_heads: int, device: torch.device) -> int:
-    """Segments that each sequence is cut into, so that every multiprocessor has a program.
+def num_segments(
+    num_sequences: int, num_tokens: int, num_heads: int, head_dim: int, device: torch.device
+) -> int:
+    """Segments that each sequence is cut into, so that every multiprocessor is busy; the larger head dim.
 
     Arithmetic only, with no branch on a size, so that it also holds for symbolic sizes.
     """
@@ -101,15 +105,21 @@ def num_segments(num_sequences: int, num_tokens: int, num_heads: int, device: to
     if device.type != "cuda":
         return 1  # the interpreter runs one program after another
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    waves = multiprocessors // (num_sequences * num_heads)
-    wanted = waves * torch.sym_min(2, waves)  # two of half the length share slow heads' work on states
+    programs = multiprocessors * torch.sym_max(1, torch.sym_min(2, 128 // head_dim))  # at a time
+    wanted = programs // (num_sequences * num_heads)
     longest = num_tokens // (num_sequences * SEGMENT_TOKENS)
     return torch.sym_max(1, torch.sym_min(wanted, longest))
 
 
+def num_parts(num_segments: int, num_tokens: int) -> int:
+    """Parts in which a segment's addition to the state is computed; num_segments of all sequences."""
+    wanted = _forced.get("parts", num_tokens // (num_segments * PART_TOKENS))
+    return max(1, min(MOST_PARTS, wanted))
+
+
 @contextmanager
 def force(**choices: Any) -> Iterator[None]:
-    """For tests and tuning: sets `segments` per sequence, or fields of Launch, whatever the table says."""
+    """For tests and tuning: sets `segments` per sequence, `parts` per segment, or fields of Launch."""
     _forced.update(choices)
     try:
         yield

@@ -236,7 +236,8 @@ def _state_shapes(
     num_sequences = q.shape[0] if cu_seqlens is None or not has_states else cu_seqlens.shape[0] - 1
     segments = 1
     if backend == "triton":
-        segments = num_segments(num_sequences, q.shape[0] * q.shape[1], q.shape[2], q.device)
+        head_dim = torch.sym_max(q.shape[3], v.shape[3])
+        segments = num_segments(num_sequences, q.shape[0] * q.shape[1], q.shape[2], head_dim, q.device)
     state = q.shape[2], q.shape[3], v.shape[3]
     return (num_sequences, *state), (num_sequences, segments - 1, *state)
 

@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import STATE_BLOCK, Warps, choose_launch, padded
+from kernels.launch import MOST_PARTS, STATE_BLOCK, Warps, choose_launch, num_parts, padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-RUNTIME_SIZES = ["N", "P", "H"]  # a new value never recompiles
+RUNTIME_SIZES = ["N", "P", "T", "H"]  # a new value never recompiles
 BOUNDS_BLOCK = 1024  # rows whose sequence one program looks up; a multiple of every chunk
 
 
@@ -36,8 +36,8 @@ def decay_powers(log2_decay, distance):
 
 @triton.jit
 def rows_in_range(log2_decay):
-    """Rows after which λ^t is below fp32's smallest normal number, 2^-126; at most 2^30."""
-    return tl.minimum(126.0 / tl.maximum(-log2_decay, 1e-7), 1 << 30).to(tl.int32)
+    """Rows after which λ^t is below 2^-64, nothing beside what follows in an fp32 sum; at most 2^30."""
+    return tl.minimum(64.0 / tl.maximum(-log2_decay, 1e-7), 1 << 30).to(tl.int32)
 
 
 @triton.jit
@@ -262,16 +262,18 @@ def dk_dv_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def segment_state_kernel(
-    k, v, states, slopes, cu_seqlens, starts, ends, k_strides, v_strides, N, P, H,
+    k, v, parts, slopes, cu_seqlens, starts, ends, k_strides, v_strides, N, P, T, H,
     Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SPLIT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """What each segment but the last of the walk adds to the state, (S, P - 1, H, Dk, Dv).
+    """What each segment but the last of the walk adds to the state, in T parts: (S, P - 1, T, H, Dk, Dv).
 
-    Chunks whose weight in it is below fp32's range are not read, nor those of other sequences than the one
-    at the segment's end (in reverse the one that comes from before it; its last row + 1 is in `ends`).
+    Chunks out of range (rows_in_range) are not read, nor those of other sequences than the one at the
+    segment's end (in reverse the one that comes from before it; its last row + 1 is in `ends`). The others
+    are shared out evenly, so that heads that reach far back are no slower.
     """
-    i_seq, i_p, i_h, i_v = program_indices(P - 1, H, tl.cdiv(Dv, BV))
+    i_seq, i_part, i_h, i_v = program_indices((P - 1) * T, H, tl.cdiv(Dv, BV))
+    i_p = i_part // T
     i_b, begin, length = sequence_rows(cu_seqlens, i_seq, N)
     first, last = segment_chunks(P - 1 - i_p if REVERSE else i_p, length, P, C)
     d_k = describe_rows(k, k_strides, i_b, i_h, begin, length, Dk, C, BK)
@@ -283,38 +285,45 @@ def segment_state_kernel(
     b_s = tl.zeros([BV, BK], dtype=tl.float32)
     chunks_in_range = tl.cdiv(rows_in_range(log2_decay), C) + 1  # the last one may be short
     from_chunk = tl.maximum(first, last - chunks_in_range)
+    end = tl.minimum(last * C, length)
     if starts is not None:
         if REVERSE:
             last_row = tl.load(ends + tl.maximum(first * C, 1) - 1) - 1
             from_chunk = tl.maximum(from_chunk, first + last - 1 - last_row // C)
         else:
-            end = tl.minimum(last * C, length)
             first_row = tl.load(starts + tl.maximum(end, 1) - 1)
             ends_here = tl.load(ends + tl.maximum(end, 1) - 1) <= end
             from_chunk = tl.maximum(from_chunk, tl.where(ends_here, last, first_row // C))
-    for i in range(from_chunk, last):
+    per_part = tl.cdiv(last - from_chunk, T)
+    from_chunk = tl.minimum(from_chunk + i_part % T * per_part, last)
+    to_chunk = tl.minimum(from_chunk + per_part, last)
+    for i in range(from_chunk, to_chunk):
         row = (first + last - 1 - i if REVERSE else i) * C
         num_rows = tl.minimum(length - row, C)
         _, through, to_end, decay = chunk_weights(starts, log2_decay, row, num_rows, o_c)
         b_k = d_k.load([row, 0])  # [C, BK]
         b_v = d_v.load([row, i_v * BV])  # [C, BV]
         b_s = add_rows(b_s, b_k, b_v, decay, through if REVERSE else to_end, scale, SPLIT)
+    rows_after = tl.maximum((last - to_chunk) * C if REVERSE else end - to_chunk * C, 0)
+    b_s *= scale * tl.exp2(log2_decay * rows_after)
     offsets, mask = state_tile(i_v, Dk, Dv, BK, BV, False)
-    i_state = (i_seq * (P - 1) + i_p) * H + i_h
-    tl.store(states + i_state.to(tl.int64) * (Dk * Dv) + offsets, b_s * scale, mask)
+    i_state = (i_seq * (P - 1) * T + i_part) * H + i_h
+    tl.store(parts + i_state.to(tl.int64) * (Dk * Dv) + offsets, b_s, mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def scan_states_kernel(
-    states, initial_state, slopes, cu_seqlens, starts, N, P, H,
-    SIZE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+    parts, states, initial_state, slopes, cu_seqlens, starts, N, P, T, H,
+    SIZE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, MOST_PARTS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Turns what each segment adds into the state after it. Grid: (S·H, cdiv(SIZE, BLOCK)), SIZE = Dk·Dv."""
+    """Sums what each segment adds, in T parts, to the state after it. Grid: (S·H, cdiv(SIZE, BLOCK))."""
     i_seq, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     _, _, length = sequence_rows(cu_seqlens, i_seq, N)
     log2_decay = -tl.load(slopes + i_h) * LOG2_E
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < SIZE
+    o_t = tl.arange(0, MOST_PARTS)[:, None]
+    part_offsets = o_t * (H * SIZE) + offsets[None, :]
     b_s = tl.zeros([BLOCK], dtype=tl.float32)
     if initial_state is not None:
         b_s = tl.load(initial_state + tl.program_id(0).to(tl.int64) * SIZE + offsets, mask)
@@ -324,9 +333,11 @@ def scan_states_kernel(
         decay = tl.exp2(log2_decay * (end - begin))
         if starts is not None:
             decay = tl.where(tl.load(starts + tl.maximum(end, 1) - 1) < begin, decay, 0.0)
-        p_state = states + ((i_seq * (P - 1) + i_p) * H + i_h).to(tl.int64) * SIZE + offsets
-        b_s = b_s * decay + tl.load(p_state, mask)
-        tl.store(p_state, b_s, mask)
+        i_segment = (i_seq * (P - 1) + i_p).to(tl.int64)
+        p_parts = parts + (i_segment * T * H + i_h) * SIZE + part_offsets
+        b_parts = tl.load(p_parts, (o_t < T) & mask[None, :], other=0.0)  # [MOST_PARTS, BLOCK]
+        b_s = b_s * decay + tl.sum(b_parts, axis=0)
+        tl.store(states + (i_segment * H + i_h) * SIZE + offsets, b_s, mask)
 
 
 @triton.jit(do_not_specialize=["S", "N"])
@@ -496,15 +507,21 @@ class _Call:
         if self.launch.states:
             block, warps = STATE_BLOCK, self.launch.states
         blocks = self._blocks(k, v, block, warps)
-        segment_state_kernel[self._grid(self.P - 1, blocks)](
-            k, v, segment_states, self.slopes, self.cu_seqlens, self.starts, self.ends,
-            _strides(k), _strides(v), self.N, self.P, self.H,
+        T = num_parts(self.num_sequences * self.P, k.shape[0] * self.N)
+        parts = segment_states
+        if T > 1:
+            shape = self.num_sequences, self.P - 1, T, self.H, blocks["Dk"], blocks["Dv"]
+            parts = segment_states.new_empty(shape)
+        segment_state_kernel[self._grid((self.P - 1) * T, blocks)](
+            k, v, parts, self.slopes, self.cu_seqlens, self.starts, self.ends,
+            _strides(k), _strides(v), self.N, self.P, T, self.H,
             REVERSE=reverse, **blocks,
         )  # fmt: skip
-        size, block = blocks["Dk"] * blocks["Dv"], 1024
+        size, block = blocks["Dk"] * blocks["Dv"], 512
         scan_states_kernel[(self.num_sequences * self.H, triton.cdiv(size, block))](
-            segment_states, initial_state, self.slopes, self.cu_seqlens, self.starts, self.N, self.P, self.H,
-            SIZE=size, C=self.launch.chunk, BLOCK=block, REVERSE=reverse,
+            parts, segment_states, initial_state, self.slopes, self.cu_seqlens, self.starts,
+            self.N, self.P, T, self.H,
+            SIZE=size, C=self.launch.chunk, BLOCK=block, MOST_PARTS=MOST_PARTS, REVERSE=reverse,
         )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from kernels import hopper_kernels, launch, triton_kernels as kernels
 
-FP32 = {"slopes", "initial_state", "final_state", "segment_states", "states", "grad_final", "grad_initial",
+FP32 = {"slopes", "initial_state", "final_state", "segment_states", "parts", "grad_final", "grad_initial",
         "segment_grads"}
 
 

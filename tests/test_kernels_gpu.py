@@ -104,7 +104,7 @@ def test_packed_documents_of_random_length(segments, dtype, Dk, Dv, with_states)
     """Without states of their own documents are walked as one, many to a chunk."""
     cu_seqlens = random_bounds(random.Random(0), 9000, 60 if with_states else 300)
     tensors, slopes = make_inputs(1, 9000, 2, Dk, Dv, dtype, num_states=len(cu_seqlens) - 1)
-    with force(segments=segments):
+    with force(segments=segments, parts=3):
         assert_close(tensors, slopes, cu_seqlens, with_states)
 
 
@@ -116,7 +116,7 @@ def test_fuzz():
         B, N, H = generator.randint(1, 4), generator.randint(1, 700), generator.randint(1, 6)
         dtype = generator.choice(list(TOLERANCES))
         packed = random_bounds(generator, N, generator.randint(0, 40)) if B == 1 else None
-        with force(segments=generator.randint(1, 8)):
+        with force(segments=generator.randint(1, 8), parts=generator.randint(1, 4)):
             assert_close(*make_inputs(B, N, H, Dk, Dv, dtype, seed=seed), packed, with_states=packed is None)
 
 

@@ -89,7 +89,7 @@ CASES = [
 @pytest.mark.parametrize(("N", "Dk", "Dv", "segments", "chunk"), CASES)
 def test_outputs_and_gradients(N, Dk, Dv, segments, chunk, backend):
     tensors, slopes = make_inputs(1, N, 4, Dk, Dv)
-    with force(segments=segments, chunk=chunk, dk_dv=FUSED if chunk == 64 else None):
+    with force(segments=segments, parts=min(segments, 3), chunk=chunk, dk_dv=FUSED if chunk == 64 else None):
         assert_close(run(tensors, slopes, backend), expected(tensors, slopes))
 
 
@@ -112,7 +112,7 @@ def test_batches_without_initial_state(backend, segments):
 def test_packed_sequences(bounds, backend, segments, dk_dv):
     tensors, slopes = make_inputs(1, bounds[-1], 2, 16, 24, num_states=len(bounds) - 1)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
-    with force(segments=segments, chunk=16, dk_dv=dk_dv):
+    with force(segments=segments, parts=min(segments, 2), chunk=16, dk_dv=dk_dv):
         assert_close(run(tensors, slopes, backend, cu_seqlens), expected(tensors, slopes, cu_seqlens))
 
 
@@ -131,7 +131,7 @@ def test_packed_sequences_without_states(bounds, chunk, backend, segments, dk_dv
         o, _ = lightning_attention(*inputs, slopes, cu_seqlens=cu_seqlens, backend=backend)
         return [o, *torch.autograd.grad(o, inputs, grad_o.to(dtype))]
 
-    with force(segments=segments, chunk=chunk, dk_dv=dk_dv):
+    with force(segments=segments, parts=min(segments, 3), chunk=chunk, dk_dv=dk_dv):
         results = outputs(torch.float32, backend)
     for result, truth in zip(results, outputs(torch.float64, "reference"), strict=True):
         assert relative_error(result, truth) <= TOLERANCE
