@@ -134,13 +134,17 @@ def _lines(axes, lines: list[Line]) -> None:
 
 
 def _plain_ticks(axis) -> None:
-    """Label a logarithmic axis with plain numbers, also between powers of ten."""
-    from matplotlib.ticker import StrMethodFormatter
+    """Label a logarithmic axis with plain numbers, also between powers of ten as far as there is room."""
+    from matplotlib.ticker import FuncFormatter, StrMethodFormatter
 
-    formatter = StrMethodFormatter("{x:,g}")
-    axis.set_major_formatter(formatter)
+    def between_powers(value: float, _: int | None) -> str:
+        low, high = axis.get_view_interval()
+        has_room = high < 8 * low or f"{value:e}"[0] in "235"
+        return f"{value:,g}" if has_room else ""
+
+    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     if axis.get_transform().base == 10:
-        axis.set_minor_formatter(formatter)
+        axis.set_minor_formatter(FuncFormatter(between_powers))
         axis.set_tick_params(which="minor", labelsize="small")
 
 
