@@ -19,7 +19,7 @@ class DataConfig:
     path: str | None = None  # text: file, folder or glob; prepared: folder of shards
     valid_path: str | None = None  # text: validation documents of their own, instead of valid_fraction
     valid_fraction: float = 0.02  # share of the documents, chosen by hash, kept for validation
-    isolate_documents: bool = True  # attention and targets stop at document boundaries
+    isolate_documents: bool = True  # attention and positions start anew with each document
     include_tests: bool = False  # python_stdlib: also the folders of tests
     text_field: str = "text"  # field of .jsonl and .parquet rows that holds the text
     max_documents: int | None = None  # stop reading after this many documents

@@ -27,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 CHUNK = 64
 HEAD_DIM = 128
-MOST_ROWS = gl.constexpr(2**30)
+MAX_ROWS = gl.constexpr(2**30)
 LOG2_E = gl.constexpr(1.4426950408889634)
 # Slopes from here on forget a chunk so fast that rounding its weights no longer shows in the output.
 SPLIT_BELOW = gl.constexpr(1 / 16)
@@ -83,7 +83,7 @@ def row_starts(starts, row, o_c):
 @gluon.jit
 def coordinates(begin, length, row, column):
     """Where a tile starts in a descriptor of describe_rows that is to end `length` rows after `begin`."""
-    return [MOST_ROWS, begin + length, MOST_ROWS - length + row, column]
+    return [MAX_ROWS, begin + length, MAX_ROWS - length + row, column]
 
 
 @gluon.jit
@@ -453,7 +453,7 @@ def supports(q: Tensor, v: Tensor) -> bool:
     return (
         q.shape[3] == v.shape[3] == HEAD_DIM
         and q.element_size() == 2
-        and q.shape[0] * q.shape[1] < MOST_ROWS.value
+        and q.shape[0] * q.shape[1] < MAX_ROWS.value
     )
 
 
@@ -476,7 +476,7 @@ def describe_rows(x: Tensor, columns: int = HEAD_DIM) -> TensorDescriptor:
     stride = x.stride(1)
     return TensorDescriptor(
         x,
-        shape=[2**31 - 2**16, 2**31 - 2**16, MOST_ROWS.value, x.shape[2] * x.shape[3]],
+        shape=[2**31 - 2**16, 2**31 - 2**16, MAX_ROWS.value, x.shape[2] * x.shape[3]],
         strides=[2**34 - stride, stride, stride, 1],
         block_shape=[1, 1, CHUNK, columns],
         layout=_tile_layout(columns, x.dtype),

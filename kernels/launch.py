@@ -14,7 +14,7 @@ import torch
 STATE_BLOCK = 64
 SEGMENT_TOKENS = 1024  # in a shorter segment, reading and writing its state weighs more than its rows
 PART_TOKENS = 4096  # of a segment whose state is computed in parts, side by side
-MOST_PARTS = 4
+MAX_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ _FP32 = {  # exact products run outside the matrix units, on every architecture
 }
 _TABLES = {(8, 0): _AMPERE, (9, 0): _HOPPER, (10, 0): _BLACKWELL, (10, 3): _BLACKWELL}
 
-_forced: dict[str, Any] = {}  # set by tests through force()
+_forced: dict[str, Any] = {}  # set by tests and tuning through force()
 
 
 def padded(dim: int) -> int:
@@ -96,9 +96,9 @@ def choose_launch(dtype: torch.dtype, head_dim: int, device: torch.device) -> La
 def num_segments(
     num_sequences: int, num_tokens: int, num_heads: int, head_dim: int, device: torch.device
 ) -> int:
-    """Segments that each sequence is cut into, so that every multiprocessor is busy; the larger head dim.
+    """Segments that each sequence is cut into, so that every multiprocessor is busy.
 
-    Arithmetic only, with no branch on a size, so that it also holds for symbolic sizes.
+    head_dim is the larger one. Arithmetic only, no branch on a size, so that it holds for symbolic ones.
     """
     if "segments" in _forced:
         return _forced["segments"]
@@ -111,10 +111,10 @@ def num_segments(
     return torch.sym_max(1, torch.sym_min(wanted, longest))
 
 
-def num_parts(num_segments: int, num_tokens: int) -> int:
-    """Parts in which a segment's addition to the state is computed; num_segments of all sequences."""
-    wanted = _forced.get("parts", num_tokens // (num_segments * PART_TOKENS))
-    return max(1, min(MOST_PARTS, wanted))
+def num_parts(total_segments: int, num_tokens: int) -> int:
+    """Parts in which a segment's addition to the state is computed; segments and tokens of all sequences."""
+    wanted = _forced.get("parts", num_tokens // (total_segments * PART_TOKENS))
+    return max(1, min(MAX_PARTS, wanted))
 
 
 @contextmanager

@@ -54,8 +54,8 @@ def lightning_attention(
     Raises:
         ValueError: an argument is off; the message names it, what came and what is allowed.
     """
-    _check_inputs(q, k, v, slopes, num_dims=4)
-    num_sequences = _check_cu_seqlens(q, cu_seqlens)
+    check_inputs(q, k, v, slopes, num_dims=4)
+    num_sequences = check_cu_seqlens(q, cu_seqlens)
     _check_state("initial_state", initial_state, q, v, num_sequences)
     backend = choose_backend(backend, q)
     if needs_fp32(q, backend):
@@ -86,7 +86,7 @@ def lightning_attention_step(
     Raises:
         ValueError: an argument is off; the message names it, what came and what is allowed.
     """
-    _check_inputs(q, k, v, slopes, num_dims=3)
+    check_inputs(q, k, v, slopes, num_dims=3)
     if state is None:
         raise ValueError(
             "state is None; allowed: a tensor (B, H, Dk, Dv). Start from zeros or a final state."
@@ -111,7 +111,7 @@ def _reference(q, k, v, slopes, initial_state, cu_seqlens) -> tuple[Tensor, Tens
     return reference.per_sequence(reference.recurrent, q, k, v, slopes, initial_state, cu_seqlens)
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, num_dims: int) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, num_dims: int) -> None:
     dims = "(B, N, H, D)" if num_dims == 4 else "(B, H, D)"
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x)
@@ -125,7 +125,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, num_dims: int
                 "Pad it with zeros."
             )
         if x.dtype not in (*DTYPES, torch.float64):
-            raise ValueError(f"{name} has dtype {x.dtype}; allowed: float32, bfloat16, float16.")
+            raise ValueError(f"{name} has dtype {x.dtype}; allowed: float32, bfloat16, float16, float64.")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
                 f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; make them alike."
@@ -160,7 +160,7 @@ def _check_slopes(slopes: Tensor, q: Tensor) -> None:
         )
 
 
-def _check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None) -> int:
+def check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None) -> int:
     """The number of sequences."""
     if cu_seqlens is None:
         return q.shape[0]
@@ -339,7 +339,7 @@ _forward.register_autograd(_backward_of_forward, setup_context=_save_for_backwar
 
 @torch.library.custom_op("lightning_attention::step", mutates_args=())
 def _step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    if default_backend(q.device) == "triton":
+    if default_backend(q.device) == "triton" and q.dtype in DTYPES:
         with torch.cuda.device_of(q):
             return _implementation("triton").step(q, k, v, slopes, state)
     return _torch_step(q, k, v, slopes, state)

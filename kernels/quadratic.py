@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.lightning_attention import choose_backend, needs_fp32
+from kernels.lightning_attention import check_cu_seqlens, check_inputs, choose_backend, needs_fp32
 from kernels.torch_quadratic import torch_quadratic_attention
 
 BACKENDS = ("auto", "triton", "torch")
@@ -27,9 +27,9 @@ def quadratic_attention(
     """o_t = Σ_{j ≤ t} exp(-s (t - j)) (q_t · k_j) v_j, without a state (TransNormerLLM, arXiv 2307.14995).
 
     Args:
-        q, k: (B, N, H, Dk), v: (B, N, H, Dv), of one dtype. For `triton` fp32, bf16 or fp16, head dims
-            multiples of 8 up to 256.
-        slopes: (H,) fp32. No gradient.
+        q, k: (B, N, H, Dk), v: (B, N, H, Dv), of one dtype: fp32, bf16, fp16 or, except for `triton`, fp64.
+            Head dims are multiples of 8 up to 256.
+        slopes: (H,) fp32, >= 0. No gradient.
         cu_seqlens: (S + 1,) int32 with B = 1: tokens attend within their sequence only.
         backend: `triton` (CUDA, or Triton's interpreter), `torch`, or `auto`: triton on CUDA devices.
 
@@ -37,8 +37,10 @@ def quadratic_attention(
         o (B, N, H, Dv) in v's dtype. Gradients reach q, k and v.
 
     Raises:
-        ValueError: an unknown backend, or a dtype that it has no kernel for.
+        ValueError: an argument is off; the message names it, what came and what is allowed.
     """
+    check_inputs(q, k, v, slopes, num_dims=4)
+    check_cu_seqlens(q, cu_seqlens)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}.")
     backend = choose_backend(backend, q)

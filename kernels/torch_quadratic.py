@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.reference import without_autocast
+from kernels.reference import compute_dtype, without_autocast
 
 TILE_TOKENS = 256
 
@@ -16,7 +16,7 @@ TILE_TOKENS = 256
 def torch_quadratic_attention(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """See kernels/quadratic.py. Products of bf16 inputs are summed in fp32 within a tile."""
+    """See kernels/quadratic.py. Scores are decayed in fp32, of fp64 inputs in fp64."""
     if cu_seqlens is None:
         sequence = torch.zeros(q.shape[1], dtype=torch.int64, device=q.device)
     else:
@@ -47,6 +47,7 @@ def _left_product(q, k, v, slopes, sequence, *, reverse: bool) -> Tensor:
     length = q.shape[2]
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=v.dtype, device=v.device)
     positions = torch.arange(length, device=q.device)
+    slopes = slopes.to(compute_dtype(q.dtype))
     for start in range(0, length, TILE_TOKENS):
         rows = slice(start, min(start + TILE_TOKENS, length))
         columns = slice(start, length) if reverse else slice(0, rows.stop)
@@ -55,6 +56,6 @@ def _left_product(q, k, v, slopes, sequence, *, reverse: bool) -> Tensor:
             distance = -distance
         visible = (distance >= 0) & (sequence[rows, None] == sequence[None, columns])
         decay = torch.exp(-slopes[:, None, None] * distance.clamp_min(0)) * visible  # (H, rows, columns)
-        scores = (q[:, :, rows] @ k[:, :, columns].transpose(-1, -2)).float() * decay
+        scores = (q[:, :, rows] @ k[:, :, columns].transpose(-1, -2)).to(decay.dtype) * decay
         out[:, :, rows] = scores.to(v.dtype) @ v[:, :, columns]
     return out.transpose(1, 2)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import MOST_PARTS, STATE_BLOCK, Warps, choose_launch, num_parts, padded
+from kernels.launch import MAX_PARTS, STATE_BLOCK, Warps, choose_launch, num_parts, padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 RUNTIME_SIZES = ["N", "P", "T", "H"]  # a new value never recompiles
@@ -314,7 +314,7 @@ def segment_state_kernel(
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def scan_states_kernel(
     parts, states, initial_state, slopes, cu_seqlens, starts, N, P, T, H,
-    SIZE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, MOST_PARTS: tl.constexpr, REVERSE: tl.constexpr,
+    SIZE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, MAX_PARTS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Sums what each segment adds, in T parts, to the state after it. Grid: (S·H, cdiv(SIZE, BLOCK))."""
     i_seq, i_h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -322,7 +322,7 @@ def scan_states_kernel(
     log2_decay = -tl.load(slopes + i_h) * LOG2_E
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < SIZE
-    o_t = tl.arange(0, MOST_PARTS)[:, None]
+    o_t = tl.arange(0, MAX_PARTS)[:, None]
     part_offsets = o_t * (H * SIZE) + offsets[None, :]
     b_s = tl.zeros([BLOCK], dtype=tl.float32)
     if initial_state is not None:
@@ -335,7 +335,7 @@ def scan_states_kernel(
             decay = tl.where(tl.load(starts + tl.maximum(end, 1) - 1) < begin, decay, 0.0)
         i_segment = (i_seq * (P - 1) + i_p).to(tl.int64)
         p_parts = parts + (i_segment * T * H + i_h) * SIZE + part_offsets
-        b_parts = tl.load(p_parts, (o_t < T) & mask[None, :], other=0.0)  # [MOST_PARTS, BLOCK]
+        b_parts = tl.load(p_parts, (o_t < T) & mask[None, :], other=0.0)  # [MAX_PARTS, BLOCK]
         b_s = b_s * decay + tl.sum(b_parts, axis=0)
         tl.store(states + (i_segment * H + i_h) * SIZE + offsets, b_s, mask)
 
@@ -438,7 +438,8 @@ class _Call:
         if self.launch.gluon:
             from kernels import hopper_kernels  # only here: the module needs a Triton with Gluon
 
-            self.hopper = hopper_kernels if hopper_kernels.supports(q, v) else None
+            if self.launch.chunk == hopper_kernels.CHUNK and hopper_kernels.supports(q, v):
+                self.hopper = hopper_kernels
         triton.set_allocator(_allocate)  # each thread has its own, so autograd's needs it too
 
     def _blocks(self, k: Tensor, v: Tensor, value_block: int, warps: Warps) -> dict:
@@ -521,7 +522,7 @@ class _Call:
         scan_states_kernel[(self.num_sequences * self.H, triton.cdiv(size, block))](
             parts, segment_states, initial_state, self.slopes, self.cu_seqlens, self.starts,
             self.N, self.P, T, self.H,
-            SIZE=size, C=self.launch.chunk, BLOCK=block, MOST_PARTS=MOST_PARTS, REVERSE=reverse,
+            SIZE=size, C=self.launch.chunk, BLOCK=block, MAX_PARTS=MAX_PARTS, REVERSE=reverse,
         )  # fmt: skip
 
 

@@ -114,26 +114,29 @@ class GatedLinearAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, N, D) → output (B, N, D) and, if `keep_state`, the state after the last token."""
         config = self.config
-        parts = (self.qkvu_proj if config.gate == "full" else self.qkv_proj)(x).chunk(
-            4 if config.gate == "full" else 3, dim=-1
-        )
-        q, k, v = (part.unflatten(-1, (config.num_heads, config.head_dim)) for part in parts[:3])
+        u = None
+        if config.gate == "full":
+            q, k, v, u = self.qkvu_proj(x).chunk(4, dim=-1)
+        else:
+            q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (config.num_heads, config.head_dim)) for part in (q, k, v))
         if config.activation == "silu":
             q, k = F.silu(q), F.silu(k)
         if self.lrpe is not None:
             q, k = self.lrpe(q, positions), self.lrpe(k, positions)
         o, state = self._attend(q, k, v, cu_seqlens, state, keep_state)  # o (B, N, H, d)
         o = self.norm(o).flatten(-2) if config.output_norm == "head" else self.norm(o.flatten(-2))
-        if config.gate == "full":
-            o = parts[3] * o
-        elif config.gate == "low_rank":
-            o = self.gate_proj(x) * o
+        if config.gate == "low_rank":
+            u = self.gate_proj(x)
+        if u is not None:
+            o = u * o
         return self.out_proj(o), state
 
     def _attend(self, q, k, v, cu_seqlens, state, keep_state):
         carries_state = state is not None or keep_state
         if self.config.attention == "quadratic" and not carries_state:
-            return quadratic_attention(q, k, v, self.slopes, cu_seqlens), None
+            o = quadratic_attention(q, k, v, self.slopes, cu_seqlens, backend=self.config.backend)
+            return o, None
         decodes = state is not None and q.shape[1] == 1 and cu_seqlens is None
         if decodes and not torch.is_grad_enabled():  # the step has no gradient
             o, state = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], self.slopes, state)

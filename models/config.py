@@ -13,7 +13,7 @@ from typing import get_type_hints
 
 # One chunk length for all FLOP counts, whatever the kernel uses, so that figures stay comparable.
 FLOP_CHUNK_TOKENS = 64
-MOST_LAYERS = 1000
+MAX_LAYERS = 1000
 
 CHOICES = {
     "attention": ("lightning", "quadratic", "softmax"),
@@ -61,7 +61,7 @@ class ModelConfig:
 
     init_std: float = 0.02
     dropout: float = 0.0  # on the embedding and on both residual branches
-    backend: str = "auto"  # of lightning_attention: auto, triton, torch, reference
+    backend: str = "auto"  # of linear attention: auto, triton, torch; of lightning also reference
     activation_checkpointing: str = "none"  # selective: recompute all but products and attention; or full
 
     def __post_init__(self) -> None:
@@ -78,8 +78,8 @@ class ModelConfig:
         for key in ("hidden_size", "num_layers", "num_heads", "glu_size", "gate_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1.")
-        if self.num_layers > MOST_LAYERS:
-            raise ValueError(f"model.num_layers={self.num_layers} must be at most {MOST_LAYERS}.")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"model.num_layers={self.num_layers} must be at most {MAX_LAYERS}.")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(
                 f"model.vocab_size={self.vocab_size} must be at least 1, or null to follow the tokenizer."
@@ -99,12 +99,17 @@ class ModelConfig:
             )
         if self.output_norm == "head" and self.norm != "srmsnorm":
             raise ValueError(f"model.output_norm=head needs model.norm=srmsnorm, not {self.norm}.")
+        if self.attention == "quadratic" and self.backend == "reference":
+            raise ValueError(
+                "model.backend=reference has no quadratic form. Allowed with model.attention=quadratic: "
+                "auto, triton, torch."
+            )
         if self.attention == "softmax" and self.head_dim % 2:
             raise ValueError(
                 f"model.num_heads={self.num_heads} gives heads of {self.head_dim} features; RoPE turns "
                 "pairs of them, so their number must be even: choose another model.num_heads."
             )
-        if self.attention != "softmax" and (self.head_dim % 8 or max(self.qk_dim(0), self.qk_dim(1)) > 256):
+        if self.attention != "softmax" and (self.head_dim % 8 or self.qk_dim(0) > 256):
             raise ValueError(
                 f"model.num_heads={self.num_heads} gives heads of {self.head_dim} features. The kernel takes "
                 "multiples of 8, up to 256 (LRPE doubles q and k): choose another model.num_heads."
@@ -142,18 +147,26 @@ class ModelConfig:
 
     def num_parameters(self) -> int:
         """Trainable parameters, a tied head counted once. Needs `vocab_size`."""
+        return sum(self.parameter_parts().values())
+
+    def parameter_parts(self) -> dict[str, int]:
+        """num_parameters by part of the model."""
+        hidden, layers = self.hidden_size, range(self.num_layers)
+        linear = [layer for layer in layers if not self.uses_softmax(layer)]
+        per_norm = {"srmsnorm": 0, "rmsnorm": hidden, "layernorm": 2 * hidden}[self.norm]
+        frequencies = hidden * sum(self.uses_lrpe(layer) for layer in linear)
+        return {
+            "embedding and head": self.num_ids * hidden * (1 if self.tie_embeddings else 2),
+            "token mixers": 4 * hidden**2 * len(layers) + self._gate_weights * len(linear) + frequencies,
+            "channel mixers": 3 * hidden * self.glu_size * len(layers),
+            "norms": per_norm * (1 + 2 * len(layers) + len(linear)),
+        }
+
+    @property
+    def _gate_weights(self) -> int:
+        """Of the output gate of a layer of linear attention."""
         hidden = self.hidden_size
-        norm_weights = {"srmsnorm": 0, "rmsnorm": hidden, "layernorm": 2 * hidden}[self.norm]
-        total = self.num_ids * hidden * (1 if self.tie_embeddings else 2) + norm_weights
-        for layer in range(self.num_layers):
-            total += 3 * hidden * self.glu_size + 2 * norm_weights
-            if self.uses_softmax(layer):
-                total += 4 * hidden * hidden
-                continue
-            gate = {"full": hidden * hidden, "low_rank": 2 * hidden * self.gate_size, "none": 0}[self.gate]
-            total += 4 * hidden * hidden + gate + norm_weights
-            total += hidden if self.uses_lrpe(layer) else 0
-        return total
+        return {"full": hidden * hidden, "low_rank": 2 * hidden * self.gate_size, "none": 0}[self.gate]
 
     def flops_per_token(self, seq_len: int) -> float:
         """Model FLOPs of one token's training step (forward once, backward twice as much).
@@ -172,9 +185,8 @@ class ModelConfig:
             if self.uses_softmax(layer):
                 forward += heads * seq_len * 2 * head_dim
                 continue
-            gate = {"full": hidden * hidden, "low_rank": 2 * hidden * self.gate_size, "none": 0}[self.gate]
             qk_dim = self.qk_dim(layer)
-            forward += 2 * gate
+            forward += 2 * self._gate_weights
             if self.attention == "quadratic":
                 forward += heads * seq_len * (qk_dim + head_dim)
             else:

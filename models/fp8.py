@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from models.layers import Linear
 
-LEAST_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
+MIN_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
 MULTIPLE = 16  # of every dimension of a product
-LEAST_FEATURES = 128  # a narrower map (a low-rank gate) gains nothing
+MIN_FEATURES = 128  # a narrower map (a low-rank gate) gains nothing
 
 
 class Fp8Linear(Linear):
@@ -35,14 +35,14 @@ def use_fp8(model: nn.Module, device: torch.device) -> None:
     Raises:
         ValueError: the GPU has no units for it.
     """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         raise ValueError(
             f"engine.fp8=true needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell); {name} "
             f"has {major}.{minor}. Use engine.fp8=false."
         )
     for module in model.get_submodule("model.layers").modules():
-        if type(module) is not Linear or min(module.weight.shape) < LEAST_FEATURES:
+        if type(module) is not Linear or min(module.weight.shape) < MIN_FEATURES:
             continue
         if any(size % MULTIPLE for size in module.weight.shape):
             raise ValueError(

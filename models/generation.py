@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.transnormer import PREFILL_TOKENS, DecodeState
 
-LEAST_TEMPERATURE = 1e-6  # below it the likeliest token is taken: fp32 could not divide by it
+MIN_TEMPERATURE = 1e-6  # below it the likeliest token is taken: fp32 could not divide by it
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,7 +75,7 @@ def generate(
 def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
     """Draw one id from logits (V,)."""
     logits = logits.float()
-    if sampling.temperature < LEAST_TEMPERATURE:
+    if sampling.temperature < MIN_TEMPERATURE:
         return int(logits.argmax())
     logits = (logits - logits.max()) / sampling.temperature  # the largest is 0: nothing overflows
     if 0 < sampling.top_k < len(logits):

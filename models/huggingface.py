@@ -26,8 +26,7 @@ from models.published import model_config_from_published, published_fields
 from models.transnormer import PREFILL_TOKENS, Backbone, DecodeState
 
 # what transformers passes along that changes nothing here: positions follow from the mask
-IGNORED_ARGUMENTS = ("position_ids", "cache_position", "num_items_in_batch", "return_dict")
-
+IGNORED_ARGUMENTS = ("position_ids", "cache_position")
 
 # the name that this version of transformers gives the cache
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -211,6 +210,8 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: TransnormerCache | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        return_dict: bool | None = None,
         **arguments: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """
@@ -220,6 +221,8 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: the cache that an earlier call returned, also accepted as `cache`.
             labels: (B, N), -100 where not scored; shifted here.
             logits_to_keep: logits of the last so many tokens only (0: all), or of these positions.
+            num_items_in_batch: what the summed loss is divided by, instead of the labels scored here.
+            return_dict: False for a tuple.
 
         Raises:
             ValueError: an argument that this model can't honour.
@@ -236,10 +239,10 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(x if isinstance(logits_to_keep, int) else x[:, logits_to_keep])
         loss = None
         if labels is not None:
-            loss = _mean_loss(logits, labels, real, arguments.get("num_items_in_batch"))
+            loss = _mean_loss(logits, labels, real, num_items_in_batch)
         carried: dict[str, Any] = {CACHE_NAME: cache}
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **carried)
-        return output if arguments.get("return_dict") is not False else output.to_tuple()
+        return output if return_dict is not False else output.to_tuple()
 
     def _real_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """(B, N) bool, False for padding; None if there is none."""

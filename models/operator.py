@@ -19,7 +19,17 @@ try:
     from kernels.quadratic import quadratic_attention
 except ImportError:
     cross_entropy = torch_cross_entropy
-    quadratic_attention = torch_quadratic_attention  # type: ignore[assignment]
+
+    def quadratic_attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        cu_seqlens: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """q, k (B, N, H, Dk), v (B, N, H, Dv) → o (B, N, H, Dv)."""
+        return torch_quadratic_attention(q, k, v, slopes, cu_seqlens)
 
     def lightning_attention(
         q: Tensor,

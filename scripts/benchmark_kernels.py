@@ -305,7 +305,7 @@ def time_one_token(bench: Bench) -> list[Row]:
 
 
 def print_passes(bench: Bench, ours: Provider) -> None:
-    """Median milliseconds of each kernel of a forward and backward, in the order of their first launch.
+    """Median milliseconds of each kernel of a forward and backward, in launch order.
 
     Beside them: their sum, what a call takes, also as a CUDA graph, and what the CPU takes to issue one while
     the GPU is held. Where the last is the largest, launching limits the speed, and a graph is faster.

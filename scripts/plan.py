@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.config import ModelConfig
 from training.config import TrainConfig, reader_may_leave, run_command
 from training.errors import SettingError
+from training.gpus import GPUS, find_gpu
 from training.memory import (
-    GPU_MEMORY_GIB,
     PlannedConfig,
-    find_gpu,
     largest_micro_batch,
     memory_parts,
     predicted_tokens_per_second,
     sequences_per_rank,
     with_vocabulary,
 )
-from training.metrics import PEAK_FLOPS, duration
+from training.metrics import duration
 
 GIB = 2**30
 
@@ -43,7 +41,7 @@ class PlanConfig(PlannedConfig):
             raise SettingError(f"num_gpus={self.num_gpus} must be at least 1.")
         gpu = find_gpu(self.gpu)
         if gpu is None:
-            names = ", ".join(key.lower().replace(" ", "-") for key in GPU_MEMORY_GIB)
+            names = ", ".join(key.lower().replace(" ", "-") for key in GPUS)
             raise SettingError(
                 f"gpu={self.gpu} is unknown. Allowed: {names}. "
                 "For another give the nearest of these, and gpu_memory_gib."
@@ -66,12 +64,11 @@ def main(config: PlanConfig) -> None:
 
 def _model(config: PlanConfig) -> str:
     model = config.model
-    parts = parameter_parts(model)
     lines = [
         f"{model.name}: {model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads} heads, "
         f"channel mixer {model.glu_size}, vocabulary {model.vocab_size}, attention {model.attention}"
     ]
-    lines += [f"  {name:<24}{count:>18,}" for name, count in parts.items()]
+    lines += [f"  {name:<24}{count:>18,}" for name, count in model.parameter_parts().items()]
     lines += [
         f"  {'parameters':<24}{model.num_parameters():>18,}",
         f"  {'FLOPs per token':<24}{model.flops_per_token(config.seq_len):>18.4g}  (forward and backward)",
@@ -79,25 +76,9 @@ def _model(config: PlanConfig) -> str:
     return "\n".join(lines)
 
 
-def parameter_parts(model: ModelConfig) -> dict[str, int]:
-    """Parameters of the embedding (and an untied head), token mixers, channel mixers, and norm weights."""
-    assert model.vocab_size is not None, "fill it in by with_vocabulary"
-    embedding = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    channel_mixers = 3 * model.hidden_size * model.glu_size * model.num_layers
-    per_norm = {"srmsnorm": 0, "rmsnorm": 1, "layernorm": 2}[model.norm] * model.hidden_size
-    linear_layers = sum(not model.uses_softmax(layer) for layer in range(model.num_layers))
-    norms = per_norm * (1 + 2 * model.num_layers + linear_layers)
-    return {
-        "embedding and head": embedding,
-        "token mixers": model.num_parameters() - embedding - channel_mixers - norms,
-        "channel mixers": channel_mixers,
-        "norms": norms,
-    }
-
-
 def _memory(config: PlanConfig, per_gpu: int) -> str:
     """Memory by part at the micro-batch that is set, or at the largest that fits."""
-    memory_gib = config.gpu_memory_gib or GPU_MEMORY_GIB[config.gpu]
+    memory_gib = config.gpu_memory_gib or GPUS[config.gpu].memory_gib
     largest = largest_micro_batch(config, config.num_gpus, memory_gib * GIB)
     size = max(largest, 1) if config.micro_batch_size == "auto" else config.micro_batch_size
     if per_gpu % size:
@@ -126,12 +107,13 @@ def _memory(config: PlanConfig, per_gpu: int) -> str:
 
 def _time(config: PlanConfig) -> str:
     """Speed at the assumed share of the peak, and the time for the tokens."""
-    flops = config.assumed_mfu * PEAK_FLOPS[config.gpu]
+    peak = GPUS[config.gpu].peak_flops
+    flops = config.assumed_mfu * peak
     speed = predicted_tokens_per_second(config, config.num_gpus, flops)
     tokens = config.tokens or config.max_steps * config.batch_tokens
     return (
         f"At an assumed MFU of {config.assumed_mfu:.0%} of {config.gpu}'s "
-        f"{PEAK_FLOPS[config.gpu] / 1e12:g} TFLOP/s: {speed:,.0f} tokens/s "
+        f"{peak / 1e12:g} TFLOP/s: {speed:,.0f} tokens/s "
         f"({speed / config.num_gpus:,.0f} a GPU), {1000 * config.batch_tokens / speed:,.0f} ms a step;\n"
         f"{tokens:,.0f} tokens take {_long_duration(tokens / speed)} "
         f"({config.num_gpus * tokens / speed / 3600:,.1f} GPU hours)."

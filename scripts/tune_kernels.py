@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ from dataclasses import dataclass, field
 import torch
 
 from kernels import lightning_attention
+from kernels.benchmark_providers import make_slopes, make_tensors
+from kernels.benchmark_timing import time_interleaved
 from kernels.launch import Warps, force
 from training.config import run_command
 from training.errors import SettingError
@@ -37,7 +38,7 @@ class TuneConfig:
     dk_dvs: list[str] = field(default_factory=lambda: ["8x3", "8x2", "none"])
     splits: list[bool] = field(default_factory=lambda: [False, True])
     segments: list[int] = field(default_factory=list)  # per sequence; empty: as kernels/launch.py chooses
-    rounds: int = 20
+    rounds: int = 5
     candidates: str | None = None  # JSON: what the script passes to its own processes
 
     def __post_init__(self) -> None:
@@ -75,10 +76,10 @@ def main(config: TuneConfig) -> int:
 
 def time_candidate(config: TuneConfig, candidate: dict) -> dict:
     """Median milliseconds of forward and of forward and backward; or the error's first line."""
-    torch.manual_seed(0)
-    shape = (config.tokens // candidate["length"], candidate["length"], config.heads, config.head_dim)
-    q, k, v, grad = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    slopes = torch.tensor([2.0 ** (-8 * (h + 1) / config.heads) for h in range(config.heads)], device="cuda")
+    length, D = candidate["length"], config.head_dim
+    q, k, v, grad = make_tensors((config.tokens // length, length, config.heads, D, D), "bf16", "cuda")
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    slopes = make_slopes(config.heads, "cuda")
     choices = {
         "chunk": candidate["chunk"],
         "walk": _warps(candidate["walk"]),
@@ -89,19 +90,17 @@ def time_candidate(config: TuneConfig, candidate: dict) -> dict:
     if candidate["segments"]:
         choices["segments"] = candidate["segments"]
 
-    def forward() -> torch.Tensor:
-        return lightning_attention(q, k, v, slopes)[0]
+    def forward() -> None:
+        with torch.no_grad():
+            lightning_attention(q, k, v, slopes)
 
     def both() -> None:
-        forward().backward(grad)
-        q.grad = k.grad = v.grad = None
+        torch.autograd.grad(lightning_attention(q, k, v, slopes)[0], (q, k, v), grad)
 
     try:
         with force(**choices):
-            forward_ms = _median_ms(forward, config.rounds)
-            for x in (q, k, v):
-                x.requires_grad_()
-            return {"forward_ms": forward_ms, "both_ms": _median_ms(both, config.rounds)}
+            times = time_interleaved({"forward_ms": forward, "both_ms": both}, config.rounds, "cuda")
+        return {name: round(ms, 4) for name, ms in times.items()}
     except Exception as error:
         if isinstance(error, torch.AcceleratorError):
             raise
@@ -110,21 +109,6 @@ def time_candidate(config: TuneConfig, candidate: dict) -> dict:
 
 def _warps(text: str) -> Warps | None:
     return None if text == "none" else Warps(*map(int, text.split("x")))
-
-
-def _median_ms(run, rounds: int) -> float:
-    for _ in range(30):
-        run()
-    times = []
-    for _ in range(rounds):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(5):
-            run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 5)
-    return round(statistics.median(times), 4)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Lightning Attention-1 against float64: outputs and every gradient, in PyTorch and Triton."""
 
+import re
+
 import pytest
 import torch
 from test_kernels_operator import DEVICE, _poison_uninitialised_memory, make_inputs, relative_error  # noqa: F401
@@ -46,6 +48,28 @@ def test_outputs_and_gradients(N, Dk, Dv, backend):
 @pytest.mark.parametrize("bounds", [[0, 0, 1, 40, 41, 41, 90, 90], [0, 16, 32, 90]])
 def test_packed_sequences(bounds, backend):
     check(90, 16, 24, backend, bounds)
+
+
+def test_fp64_stays_fp64():
+    check(70, 16, 24, "torch", [0, 30, 70], dtype=torch.float64, tolerance=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.zeros(1, 9, 2, 12)}, "q has head dim 12; allowed: multiples of 8"),
+        ({"v": torch.zeros(1, 8, 2, 16)}, "v has shape (1, 8, 2, 16); allowed: q's, (1, 9, 2, 16)"),
+        ({"slopes": torch.tensor([-1.0, 0.5])}, "slopes holds"),
+        ({"cu_seqlens": torch.tensor([0, 8], dtype=torch.int32)}, "cu_seqlens goes from 0 to 8"),
+        ({"backend": "reference"}, "backend is 'reference'; allowed: auto, triton, torch."),
+    ],
+)
+def test_wrong_arguments_are_named(changes, message, backend):
+    x = torch.zeros(1, 9, 2, 16)
+    arguments = {"q": x, "k": x, "v": x, "slopes": torch.ones(2), "backend": backend} | changes
+    with pytest.raises(ValueError, match=re.escape(message)):
+        quadratic_attention(**arguments)
 
 
 def test_batches():

@@ -165,6 +165,7 @@ def test_decay_rules():
         ({"hidden_size": 0}, "model.hidden_size=0"),
         ({"dropout": 1.0}, "model.dropout=1.0"),
         ({"softmax_every": -1}, "model.softmax_every=-1"),
+        ({"attention": "quadratic", "backend": "reference"}, "model.backend=reference has no quadratic form"),
     ],
 )
 def test_wrong_settings_are_named(settings, text):

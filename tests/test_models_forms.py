@@ -182,6 +182,7 @@ def test_bf16_loss_keeps_fp32_gradients_of_the_head():
 def test_the_loss_is_not_cast_by_autocast():
     """Its gradients are formed in forward, in the dtypes of the weights."""
     head, x, targets = LMHead(16, 50), torch.randn(2, 7, 16), torch.randint(0, 50, (2, 7))
+    torch.nn.init.normal_(head.weight)
     with torch.autocast("cpu", torch.bfloat16):
         loss = head(x, targets)
     assert torch.equal(loss, head(x, targets))

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from scripts.plan import PlanConfig, main, parameter_parts
+from scripts.plan import PlanConfig, main
 from training.config import compose
 from training.errors import SettingError
 from training.memory import memory_parts, with_vocabulary
@@ -74,7 +74,7 @@ def test_says_what_does_not_fit(capsys):
 
 def test_parts_of_llama_add_up():
     config = with_vocabulary(compose(PlanConfig, ["model=llama-tiny", "tokenizer=bytes"], "train"))
-    parts = parameter_parts(config.model)
+    parts = config.model.parameter_parts()
     assert sum(parts.values()) == config.model.num_parameters()
     assert parts["norms"] == 9 * 256
     assert parts["token mixers"] == 4 * 4 * 256**2

@@ -22,7 +22,7 @@ from training.errors import SettingError
 from training.sweep import Manifest, SweepDefinition, expand, measure
 from training.sweep_command import outcome
 from training.sweep_report import Grid, paper_figures, rows_of, table, write_results
-from training.sweep_runner import Device, Runner, last_lines, places, point_command, stop_processes
+from training.sweep_runner import Device, Runner, device_groups, last_lines, point_command, stop_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = (Device(None, "a CPU"),)
@@ -184,6 +184,7 @@ def test_every_shipped_sweep_composes(path):
         ({"models": ["tnl-tiny model.depth=3"]}, r"model\.depth: unknown setting"),
         ({"models": ["tnl-tiny quadratic"]}, "quadratic: not a setting"),
         ({"settings": ["seq_len=5"]}, "seq_len=5: a sweep sets seq_len of its points itself"),
+        ({"settings": ["+max_steps=5"]}, r"\+max_steps=5: a sweep sets max_steps of its points itself"),
         ({"cross": ["optim.lr=-1,1"]}, r"optim\.lr=-1\.0 must be above 0"),
         ({"models": ["tnl-tiny", "tnl-tiny model.attention=lightning"], "seq_lens": [64]}, None),
         ({"num_gpus": 3}, "3 ranks can't share evenly"),
@@ -275,10 +276,10 @@ def test_figures_of_an_earlier_try_are_not_taken_for_those_of_a_new_one(tmp_path
 
 def test_points_run_in_parallel_on_groups_of_gpus(tmp_path):
     devices = [Device(str(index), "a GPU") for index in range(5)]
-    groups = places(devices, 2)
+    groups = device_groups(devices, 2)
     assert [[device.id for device in group] for group in groups] == [["0", "1"], ["2", "3"]]
     with pytest.raises(SettingError, match=r"sweep\.num_gpus=6, but 5 GPU"):
-        places(devices, 6)
+        device_groups(devices, 6)
     manifest = run(tmp_path, definition(seq_lens=[32, 64, 128], num_gpus=2), {}, groups=groups)
     assert statuses(manifest) == ["done"] * 3
     assert {record["device"] for record in manifest.records.values()} == {"2 x a GPU"}
@@ -461,6 +462,7 @@ def test_an_engine_of_a_points_own_is_the_one_that_is_reported(tmp_path):
     assert [row["engine"] for row in read_csv(tmp_path)] == ["zero0", "zero2"] * 2
     text = (tmp_path / "table.md").read_text()
     assert "| engine | zero0 | zero2 |" in text
+    assert "engine zero0, zero2, " in text
     run(tmp_path / "own", definition(models=["tnl-tiny engine=zero3"]), {})
     assert {row["engine"] for row in read_csv(tmp_path / "own")} == {"zero3"}
 

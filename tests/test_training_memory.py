@@ -7,11 +7,10 @@ from models.config import ModelConfig
 from models.transnormer import TransNormer
 from training.config import compose
 from training.errors import SettingError
+from training.gpus import find_gpu
 from training.memory import (
-    GPU_MEMORY_GIB,
     PlannedConfig,
     activation_bytes_per_token,
-    find_gpu,
     largest_micro_batch,
     layer_activation_bytes,
     loss_bytes,
@@ -20,7 +19,6 @@ from training.memory import (
     state_parts,
     with_vocabulary,
 )
-from training.metrics import PEAK_FLOPS
 
 CPU = torch.device("cpu")
 LLAMA = {"attention": "softmax", "norm": "rmsnorm", "channel_mixer": "swiglu", "lrpe": "none"}
@@ -160,7 +158,7 @@ def test_resolve_micro_batch():
     uneven = settings("seq_len=1000", "batch_tokens=24000", "tokenizer=bytes")
     assert resolve_micro_batch(uneven, 1, CPU, None) == 8  # the largest divisor of 24 in 8,192 tokens
     assert resolve_micro_batch(uneven, 2, CPU, None) == 6
-    assert resolve_micro_batch(uneven, 1, CPU, wish=5) == 4
+    assert resolve_micro_batch(uneven, 1, CPU, previous=5) == 4
 
 
 def test_vocabulary_follows_the_tokenizer():
@@ -177,4 +175,3 @@ def test_gpus_by_name():
     assert find_gpu("NVIDIA H100 PCIe") == find_gpu("h100-pcie") == "H100 PCIe"
     assert find_gpu("NVIDIA GeForce RTX 4090") == find_gpu("rtx-4090") == "RTX 4090"
     assert find_gpu("abacus") is None
-    assert GPU_MEMORY_GIB.keys() == PEAK_FLOPS.keys()

@@ -179,13 +179,13 @@ class Engine:
 
     def _backward(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
         """Accumulate the gradients of `scale` times the summed loss of a micro-batch. Returns the loss."""
-        chunks = self._chunks(batch)
-        if chunks:
-            return backward_in_chunks(
-                self.deepspeed, self.model.config, chunks, scale, self.world.device, is_last
-            )
-        self.deepspeed.set_gradient_accumulation_boundary(is_last)
         with _explain_full_caches():
+            chunks = self._chunks(batch)
+            if chunks:
+                return backward_in_chunks(
+                    self.deepspeed, self.model.config, chunks, scale, self.world.device, is_last
+                )
+            self.deepspeed.set_gradient_accumulation_boundary(is_last)
             loss = self._loss(batch)
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
         return loss.detach()

@@ -22,27 +22,16 @@ from training.errors import SettingError
 Settings = TypeVar("Settings", bound=TrainConfig)
 
 CPU_MICRO_BATCH_TOKENS = 8192  # larger micro-batches gain nothing on a CPU
-SPARE = 0.9  # share of a GPU's memory that is planned for: the rest is CUDA's context and fragmentation
+USABLE_SHARE = 0.9  # of a GPU's memory: the rest is CUDA's context and fragmentation
 BUCKET_ELEMENTS = 5e8  # DeepSpeed's buffer for gradients on their way to their owner, stages 2 and 3
 LIVE_PARAMETERS = 1e9  # whole weights that stage 3 may hold at once
 # The ZeRO stage from which each part is divided among the ranks.
 SHARDED_FROM_STAGE = {"masters": 1, "moments": 1, "sums": 2, "gradients": 3, "weights": 3}
 
-# Memory that PyTorch sees of each GPU in metrics.PEAK_FLOPS, in GiB.
-GPU_MEMORY_GIB = {
-    "B200": 178.0,
-    "H200": 139.8,
-    "H100 PCIe": 79.1,
-    "H100": 79.1,
-    "A100": 79.1,
-    "L40S": 44.4,
-    "RTX 4090": 23.5,
-}
-
 
 @dataclass(kw_only=True, slots=True)
 class PlannedEngine(EngineConfig):
-    """The engine on a GPU that this machine need not have: all of GPU_MEMORY_GIB have units for bf16."""
+    """The engine on a GPU that this machine need not have: all on record have units for bf16."""
 
     def __post_init__(self) -> None:
         if self.precision == "auto":
@@ -55,12 +44,6 @@ class PlannedConfig(TrainConfig):
     """A run on such a GPU."""
 
     engine: PlannedEngine = field(default_factory=PlannedEngine)
-
-
-def find_gpu(name: str) -> str | None:
-    """The key of GPU_MEMORY_GIB and PEAK_FLOPS that `name` ("h200", "NVIDIA H100 PCIe") means, or None."""
-    wanted = name.lower().replace(" ", "").replace("-", "")
-    return next((key for key in GPU_MEMORY_GIB if key.lower().replace(" ", "") in wanted), None)
 
 
 def layer_activation_bytes(
@@ -165,11 +148,11 @@ def state_parts(config: TrainConfig, num_ranks: int, with_sums: bool = True) -> 
 
 def moment_bytes(config: TrainConfig) -> float:
     """Bytes of the optimizer's moments over all ranks."""
-    model, count = config.model, config.model.num_parameters()
+    count = config.model.num_parameters()
     if config.optim.name == "adamw_8bit":
         return count * (2 + 8 / BLOCK)  # two codes an element, two scales a block
     if config.optim.name == "muon":  # one moment for the matrices of the blocks
-        return 4 * count + 4 * model.num_ids * model.hidden_size * (1 if model.tie_embeddings else 2)
+        return 4 * count + 4 * config.model.parameter_parts()["embedding and head"]
     return 8 * count
 
 
@@ -205,13 +188,15 @@ def largest_micro_batch(config: TrainConfig, num_ranks: int, memory_bytes: float
     fitting = [
         size
         for size in divisors(config.sequences_of_first_step // num_ranks)
-        if sum(memory_parts(config, num_ranks, size).values()) <= SPARE * memory_bytes
+        if sum(memory_parts(config, num_ranks, size).values()) <= USABLE_SHARE * memory_bytes
     ]
     return max(fitting, default=0)
 
 
-def resolve_micro_batch(config: TrainConfig, world_size: int, device: torch.device, wish: int | None) -> int:
-    """Sequences per device and micro-step: the setting, `wish` (what the run used before), or what fits.
+def resolve_micro_batch(
+    config: TrainConfig, world_size: int, device: torch.device, previous: int | None
+) -> int:
+    """Sequences per device and micro-step: the setting, `previous` (the run's before), or what fits.
 
     Raises:
         SettingError: the step's sequences can't be dealt out evenly.
@@ -220,15 +205,15 @@ def resolve_micro_batch(config: TrainConfig, world_size: int, device: torch.devi
     if config.micro_batch_size != "auto":
         if per_rank % config.micro_batch_size:
             allowed = f"{', '.join(map(str, divisors(per_rank)))}, or auto"
-            if wish:  # no other number than the run's is
+            if previous:  # no other number than the run's is
                 allowed = "micro_batch_size=auto, with which the run goes on with as many as fit"
             raise SettingError(
                 f"micro_batch_size={config.micro_batch_size} does not divide the {per_rank} sequences of a "
                 f"rank's step. Allowed: {allowed}."
             )
         return config.micro_batch_size
-    if wish:
-        limit = wish
+    if previous:
+        limit = previous
     elif device.type == "cuda":
         limit = largest_micro_batch(config, world_size, torch.cuda.get_device_properties(device).total_memory)
     else:

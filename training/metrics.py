@@ -22,30 +22,20 @@ from data.errors import DataError
 from data.files import explain_write_errors, open_regular, write_atomically
 from training.config import TrainConfig, to_dict
 from training.errors import SettingError
+from training.gpus import GPUS, find_gpu
 
 FILE_LIMIT_BYTES = 2**30  # of metrics.jsonl: three million lines
 LINE_LIMIT_BYTES = 2**20
 WANDB_FINISH_SECONDS = 10.0  # to upload what is left; a launcher kills 30 s after it asked to stop
 LARGEST_NUMBER = 1e18  # nothing that a run counts or measures comes near
 
-# Dense bf16 peaks in FLOP/s from the vendors' data sheets; a device that is not here has no MFU.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
-
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak dense bf16 rate of the device in FLOP/s, or None where it is not known."""
+    """Peak dense bf16 rate of the device in FLOP/s, or None where it is not on record."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return GPUS[gpu].peak_flops if gpu else None
 
 
 def peak_memory_gib(device: torch.device) -> float:

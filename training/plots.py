@@ -90,7 +90,7 @@ def plot_perplexity_by_length(path: Path, lines: list[Line]) -> None:
     _save(path, "Perplexity by sequence length", [draw])
 
 
-def plot_loss_by_position(path: Path, lines: list[Line], trained_tokens: int | None) -> None:
+def plot_loss_by_position(path: Path, lines: list[Line], trained_seq_len: int | None) -> None:
     """Loss over context (tokens read, in powers of two), with a mark at the length trained on."""
 
     def draw(axes) -> None:
@@ -98,8 +98,8 @@ def plot_loss_by_position(path: Path, lines: list[Line], trained_tokens: int | N
         axes.set(xlabel="context (tokens, up to)", ylabel="loss (nats per token)")
         axes.set_xscale("log", base=2)
         _plain_ticks(axes.xaxis)
-        if trained_tokens:
-            axes.axvline(trained_tokens, color="gray", linestyle=":", label="training length")
+        if trained_seq_len:
+            axes.axvline(trained_seq_len, color="gray", linestyle=":", label="training length")
         axes.legend(fontsize="small")
 
     _save(path, "Loss by position in the window", [draw])

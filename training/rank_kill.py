@@ -30,10 +30,10 @@ from training.sweep_runner import (
     ROOT,
     TAIL_LINES,
     Device,
+    device_groups,
     free_devices,
     last_lines,
     launch_command,
-    places,
     processes_of,
     stop_processes,
 )
@@ -91,7 +91,7 @@ class RankKill:
     def _run_legs(self, changed: Callable[[], None]) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
         stop_processes([self.folder.resolve()])  # of a test that was stopped
-        devices = places(free_devices(), self.num_gpus)[0]
+        devices = device_groups(free_devices(), self.num_gpus)[0]
         fewer, last = max(1, self.num_gpus // 2), self.point.config.max_steps
         legs = [
             lambda: self._killed_leg(devices),

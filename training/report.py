@@ -14,7 +14,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.files import explain_write_errors, read_json_object, write_atomically
-from models.config import MOST_LAYERS
+from models.config import MAX_LAYERS
 from training import plots
 from training.config import (
     CONFIG_DIR,
@@ -169,7 +169,7 @@ def _series(metrics: list[dict[str, Any]], key: str, label: str = "") -> plots.L
 def _layer_series(metrics: list[dict[str, Any]], key: str) -> list[plots.Line]:
     """One line a layer out of lists with a value a layer."""
     measured = [line for line in metrics if isinstance(line.get(key), list)]
-    layers = range(min((len(line[key]) for line in measured), default=0))[:MOST_LAYERS]
+    layers = range(min((len(line[key]) for line in measured), default=0))[:MAX_LAYERS]
     return [
         _series(
             [{"tokens": line.get("tokens"), key: line[key][layer]} for line in measured],
@@ -181,7 +181,7 @@ def _layer_series(metrics: list[dict[str, Any]], key: str) -> list[plots.Line]:
 
 
 def draw_evaluations(
-    folder: RunFolder, evaluations: list[dict[str, Any]], trained_tokens: int | None
+    folder: RunFolder, evaluations: list[dict[str, Any]], trained_seq_len: int | None
 ) -> list[Path]:
     """Plot evaluations by length and position (the last checkpoint of each data) and over tokens."""
     newest = list({evaluation["data"]: evaluation for evaluation in evaluations}.values())
@@ -207,7 +207,7 @@ def draw_evaluations(
         drawn += [folder.plots / "perplexity_by_length.png", folder.plots / "loss_by_position.png"]
         lines = [(label, *_columns(points)) for label, points in by_length.items()]
         plots.plot_perplexity_by_length(drawn[0], lines)
-        plots.plot_loss_by_position(drawn[1], by_position, trained_tokens)
+        plots.plot_loss_by_position(drawn[1], by_position, trained_seq_len)
     if any(len(points) > 1 for points in over_tokens.values()):
         drawn.append(folder.plots / "perplexity_over_tokens.png")
         lines = [(label, *_columns(points)) for label, points in over_tokens.items()]

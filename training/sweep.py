@@ -136,7 +136,7 @@ def expand(sweep: SweepDefinition) -> list[Point]:
 
 def _point(sweep: SweepDefinition, label: str, seq_len: int, crossed: list[str], chosen: list[str]) -> Point:
     for setting in chosen:
-        key = setting.split("=", 1)[0]
+        key = setting.split("=", 1)[0].lstrip("+")
         if key in OWNED:
             raise SettingError(
                 f"{setting}: a sweep sets {key} of its points itself, from run_dir and sweep.seq_lens, "

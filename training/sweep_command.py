@@ -14,7 +14,7 @@ from training.metrics import duration, read_metrics
 from training.run_folder import RunFolder
 from training.sweep import FINISHED, STATUSES, Manifest, Point, SweepDefinition
 from training.sweep_report import write_results
-from training.sweep_runner import Device, Runner, free_devices, places, point_command, stop_processes
+from training.sweep_runner import Device, Runner, device_groups, free_devices, point_command, stop_processes
 
 
 def run_sweep(
@@ -88,7 +88,7 @@ def _run(
         if record["status"] in FINISHED:
             results()
 
-    groups = places(free_devices(), sweep.num_gpus)
+    groups = device_groups(free_devices(), sweep.num_gpus)
     progress = Progress(len(points), len(missing), sweep.steps)
     runner = Runner(folder, sweep, manifest, groups, command, changed, progress.tick, keep_checkpoints)
     try:

@@ -6,19 +6,18 @@ import torch
 
 from training.config import compose
 from training.errors import SettingError
+from training.gpus import GPUS, find_gpu
 from training.memory import (
-    GPU_MEMORY_GIB,
     PlannedConfig,
-    find_gpu,
     largest_micro_batch,
     memory_parts,
     predicted_tokens_per_second,
     resolve_micro_batch,
     with_vocabulary,
 )
-from training.metrics import PEAK_FLOPS, duration
+from training.metrics import duration
 from training.sweep import Point, SweepDefinition
-from training.sweep_runner import free_devices, places
+from training.sweep_runner import device_groups, free_devices
 
 ASSUMED_MFU = 0.4
 ASSUMED_CPU_FLOPS = 1e11  # FLOP/s of a rank without a GPU
@@ -37,11 +36,9 @@ def forecast(sweep: SweepDefinition, points: list[Point], gpu_name: str | None) 
     if gpu_name or devices[0].id is not None:
         gpu = find_gpu(gpu_name or devices[0].name)
         if gpu is None:
-            raise SettingError(
-                f"{devices[0].name} is not on record: give gpu=, one of {', '.join(GPU_MEMORY_GIB)}."
-            )
-    at_once = len(places(devices, sweep.num_gpus)) if devices else 1
-    flops = ASSUMED_MFU * PEAK_FLOPS[gpu] if gpu else ASSUMED_CPU_FLOPS
+            raise SettingError(f"{devices[0].name} is not on record: give gpu=, one of {', '.join(GPUS)}.")
+    at_once = len(device_groups(devices, sweep.num_gpus)) if devices else 1
+    flops = ASSUMED_MFU * GPUS[gpu].peak_flops if gpu else ASSUMED_CPU_FLOPS
     width = 2 + max(len(point.name) for point in points)
     lines = [f"{'point':<{width}}{'micro-batch':>12}{'memory GiB':>16}{'tokens/s':>12}{'time':>16}"]
     total_seconds = 0.0
@@ -67,8 +64,8 @@ def _memory(point: Point, num_ranks: int, gpu: str | None) -> tuple[int, str]:
     if gpu is None or config.micro_batch_size != "auto":
         size = resolve_micro_batch(config, num_ranks, torch.device("cpu"), None)
     else:
-        size = max(1, largest_micro_batch(config, num_ranks, GPU_MEMORY_GIB[gpu] * 2**30))
+        size = max(1, largest_micro_batch(config, num_ranks, GPUS[gpu].memory_gib * 2**30))
     peak_gib = sum(memory_parts(config, num_ranks, size).values()) / 2**30
     if gpu is None:
         return size, f"{peak_gib + CPU_PROCESS_GIB:.1f}"
-    return size, f"{peak_gib:.1f}" + (" (OOM?)" if peak_gib > GPU_MEMORY_GIB[gpu] else "")
+    return size, f"{peak_gib:.1f}" + (" (OOM?)" if peak_gib > GPUS[gpu].memory_gib else "")

@@ -164,10 +164,11 @@ class Grid:
 def table(sweep: SweepDefinition, grid: Grid, rows: list[dict]) -> str:
     """The whole of table.md."""
     done = sum(row["status"] == "done" for row in rows)
+    engines = ", ".join(dict.fromkeys(row["engine"] for row in rows))
     parts = [
         f"# Sweep {sweep.name}",
         f"{done} of {len(rows)} points done. {provenance(rows)} {sweep.num_gpus} rank(s) a point, "
-        f"engine {sweep.engine}, {sweep.batch_tokens:,} tokens a step.",
+        f"engine {engines}, {sweep.batch_tokens:,} tokens a step.",
         f"Speeds are medians over steps {sweep.skip_steps + 1} to {sweep.steps} "
         f"({sweep.steps - sweep.skip_steps} steps, one run a point).",
         "## Tokens/s per GPU" if sweep.num_gpus > 1 else "## Tokens/s",

@@ -92,7 +92,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def places(devices: list[Device], num_gpus: int) -> list[tuple[Device, ...]]:
+def device_groups(devices: list[Device], num_gpus: int) -> list[tuple[Device, ...]]:
     """The devices in groups for one point each.
 
     Raises:
