@@ -379,27 +379,26 @@ def step_kernel(
     tl.store(o + i_bh * Dv + o_v, tl.sum(b_q[:, None] * b_s, axis=0).to(o.dtype.element_ty), m_v)
 
 
-def _rows(x: Tensor) -> Tensor:
+def aligned_rows(x: Tensor) -> Tensor:
     """x itself where a descriptor can address its rows (16-byte steps), a contiguous copy otherwise."""
     addressable = x.stride(3) == 1 and x.stride(1) > 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
     return x if addressable and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
+def contiguous_or_none(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of batch, row and head: 8 n elements are passed as 2 n + 3.
+def packed_strides(*tensors: Tensor) -> list[tuple[int, ...]]:
+    """Of each tensor the strides of batch, row and head: 8 n elements are passed as 2 n + 3.
 
     Triton compiles anew for integers in a tuple that are 1 or multiples of 16. These are neither, and n makes
     it known to the compiler that rows are aligned.
     """
-    stride_b, stride_n, stride_h = (stride // 8 * 2 + 3 for stride in x.stride()[:3])
-    return stride_b, stride_n, stride_h
+    return [tuple(stride // 8 * 2 + 3 for stride in x.stride()[:3]) for x in tensors]
 
 
-def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+def allocate_descriptors(size: int, alignment: int, stream: int | None) -> Tensor:
     """Global memory for the descriptors that kernels build on the device."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
@@ -427,7 +426,7 @@ class _Call:
         has_states: bool,
     ):
         self.num_sequences, self.P = segment_states.shape[0], segment_states.shape[1] + 1
-        self.slopes, self.cu_seqlens = slopes.contiguous(), _contiguous(cu_seqlens)
+        self.slopes, self.cu_seqlens = slopes.contiguous(), contiguous_or_none(cu_seqlens)
         self.N, self.H = q.shape[1:3]
         self.starts = self.ends = None
         if cu_seqlens is not None and self.num_sequences == 1 and not has_states:
@@ -440,7 +439,7 @@ class _Call:
 
             if self.launch.chunk == hopper_kernels.CHUNK and hopper_kernels.supports(q, v):
                 self.hopper = hopper_kernels
-        triton.set_allocator(_allocate)  # each thread has its own, so autograd's needs it too
+        triton.set_allocator(allocate_descriptors)  # each thread has its own, so autograd's needs it too
 
     def _blocks(self, k: Tensor, v: Tensor, value_block: int, warps: Warps) -> dict:
         """Compile-time arguments of a kernel over keys k and values v, and its warps and stages."""
@@ -478,7 +477,7 @@ class _Call:
         blocks = self._blocks(k, v, self.launch.value_block, self.launch.walk)
         walk_kernel[self._grid(self.P, blocks)](
             q, k, v, o, self.slopes, initial_state, final_state, segment_states, self.cu_seqlens, self.starts,
-            _strides(q), _strides(k), _strides(v), _strides(o), self.N, self.P, self.H,
+            *packed_strides(q, k, v, o), self.N, self.P, self.H,
             REVERSE=reverse, TRANSPOSED=transposed, **blocks,
         )  # fmt: skip
 
@@ -496,7 +495,7 @@ class _Call:
         dk_dv_kernel[self._grid(self.P, blocks)](
             q, k, v, do, dk, dv, self.slopes, grad_final, dinitial, segment_grads,
             self.cu_seqlens, self.starts,
-            _strides(q), _strides(k), _strides(v), _strides(do), _strides(dk), _strides(dv),
+            *packed_strides(q, k, v, do, dk, dv),
             self.N, self.P, self.H, **blocks,
         )  # fmt: skip
 
@@ -515,7 +514,7 @@ class _Call:
             parts = segment_states.new_empty(shape)
         segment_state_kernel[self._grid((self.P - 1) * T, blocks)](
             k, v, parts, self.slopes, self.cu_seqlens, self.starts, self.ends,
-            _strides(k), _strides(v), self.N, self.P, T, self.H,
+            *packed_strides(k, v), self.N, self.P, T, self.H,
             REVERSE=reverse, **blocks,
         )  # fmt: skip
         size, block = blocks["Dk"] * blocks["Dv"], 512
@@ -528,8 +527,8 @@ class _Call:
 
 def forward(q, k, v, slopes, initial_state, cu_seqlens, o, final_state, segment_states) -> None:
     """Writes o, final_state (unless None) and segment_states, the state after each segment but the last."""
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    initial_state = _contiguous(initial_state)
+    q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
+    initial_state = contiguous_or_none(initial_state)
     has_states = initial_state is not None or final_state is not None
     call = _Call(q, v, slopes, cu_seqlens, segment_states, has_states)
     call.fill_segment_states(k, v, initial_state, segment_states)
@@ -540,8 +539,8 @@ def backward(
     q, k, v, slopes, initial_state, cu_seqlens, segment_states, grad_o, grad_final, dq, dk, dv, dinitial
 ) -> None:
     """Writes dq, dk, dv and, unless None, dinitial."""
-    q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(grad_o)
-    initial_state, grad_final = _contiguous(initial_state), _contiguous(grad_final)
+    q, k, v, do = aligned_rows(q), aligned_rows(k), aligned_rows(v), aligned_rows(grad_o)
+    initial_state, grad_final = contiguous_or_none(initial_state), contiguous_or_none(grad_final)
     has_states = initial_state is not None or grad_final is not None
     call = _Call(q, v, slopes, cu_seqlens, segment_states, has_states)
     segment_grads = torch.empty_like(segment_states)

@@ -25,12 +25,12 @@ from torch import Tensor
 from kernels.launch import padded
 from kernels.triton_kernels import (
     LOG2_E,
-    _allocate,
-    _contiguous,
-    _rows,
-    _strides,
+    aligned_rows,
+    allocate_descriptors,
+    contiguous_or_none,
     decay_powers,
     describe_rows,
+    packed_strides,
     sequence_rows,
 )
 
@@ -120,10 +120,10 @@ def _left_product(
     tiles = choose_tiles(a.dtype, max(DA, DC), a.device)
     num_sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     num_tiles = triton.cdiv(N, tiles.output_rows)
-    triton.set_allocator(_allocate)
+    triton.set_allocator(allocate_descriptors)
     left_product_kernel[(num_sequences * num_tiles * H,)](
-        a, b, c, out, slopes.contiguous(), _contiguous(cu_seqlens),
-        _strides(a), _strides(b), _strides(c), _strides(out),
+        a, b, c, out, slopes.contiguous(), contiguous_or_none(cu_seqlens),
+        *packed_strides(a, b, c, out),
         N, num_tiles, H,
         DA=DA, DC=DC, BA=padded(DA), BC=padded(DC), BM=tiles.output_rows, BN=tiles.rows, REVERSE=reverse,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
@@ -132,13 +132,13 @@ def _left_product(
 
 def forward(q, k, v, slopes, cu_seqlens, o) -> None:
     """Writes o."""
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
     _left_product(q, k, v, o, slopes, cu_seqlens, reverse=False)
 
 
 def backward(q, k, v, slopes, cu_seqlens, grad_o, dq, dk, dv) -> None:
     """Writes dq, dk and dv."""
-    q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(grad_o)
+    q, k, v, do = aligned_rows(q), aligned_rows(k), aligned_rows(v), aligned_rows(grad_o)
     _left_product(do, v, k, dq, slopes, cu_seqlens, reverse=False)
     _left_product(v, do, q, dk, slopes, cu_seqlens, reverse=True)
     _left_product(k, q, do, dv, slopes, cu_seqlens, reverse=True)
