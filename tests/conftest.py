@@ -12,6 +12,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture
+def poisoned_memory():
+    """Memory that nothing writes holds NaN, so that an output left out can't pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(8).isnan().all()
+    assert torch.ones(8).new_empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """The documents of tiny runs, and beside them the cache of what is prepared from them."""

@@ -14,17 +14,10 @@ import torch
 from kernels import lightning_attention, lightning_attention_step
 from kernels.launch import force
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
 TOLERANCES = {torch.bfloat16: 2.8e-3, torch.float16: 4e-4, torch.float32: 1e-5}
 NAMES = ["o", "final", "dq", "dk", "dv", "dinitial"]
-
-
-@pytest.fixture(autouse=True)
-def _poison_uninitialised_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make_inputs(B, N, H, Dk, Dv, dtype, num_states=None, seed=0):

@@ -2,43 +2,18 @@
 
 import pytest
 import torch
+from kernel_helpers import DEVICE, TOLERANCE, make_inputs, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import chunked, lightning_attention, lightning_attention_step, reference
 from kernels.launch import Warps, force
 from kernels.quadratic import quadratic_attention
 
-# Slow (weights split around their mean), usual, none, and one whose inverse powers overflow fp32 in a chunk.
-SLOPES = [0.02, 0.3, 0.0, 9.0]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 BACKENDS = ["torch", "triton"]
-TOLERANCE = 1e-5 if DEVICE == "cuda" else 1e-6  # fp32; the GPU's exp2 is approximate
 FUSED = Warps(4, 2)  # dk and dv in one kernel
 # (backend, segments, dk_dv) of packed sequences; the PyTorch backend is not cut up by a launch.
 WALKS = [("torch", 1, None), *(("triton", segments, dk_dv) for segments in (1, 3) for dk_dv in (FUSED, None))]
-
-
-@pytest.fixture(autouse=True)
-def _poison_uninitialised_memory():
-    """Memory that nothing writes holds NaN, so that an output left out can't pass."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(8).isnan().all()
-    assert torch.ones(8).new_empty(8).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def make_inputs(B, N, H, Dk, Dv, num_states=None, device=DEVICE, dtype=torch.float32, seed=0):
-    """q, k, v, initial_state, and gradients of o and of the final state; slopes."""
-    generator = torch.Generator(device).manual_seed(seed)
-    state = (num_states or B, H, Dk, Dv)
-    shapes = [(B, N, H, Dk), (B, N, H, Dk), (B, N, H, Dv), state, (B, N, H, Dv), state]
-    dtypes = [dtype, dtype, dtype, torch.float32, dtype, torch.float32]
-    tensors = [
-        torch.randn(s, device=device, generator=generator).to(d) for s, d in zip(shapes, dtypes, strict=True)
-    ]
-    slopes = torch.tensor((SLOPES * H)[:H], device=device)
-    return tensors, slopes
 
 
 def run(tensors, slopes, backend, cu_seqlens=None, with_state=True):
@@ -52,10 +27,6 @@ def run(tensors, slopes, backend, cu_seqlens=None, with_state=True):
 
 def expected(tensors, slopes, cu_seqlens=None, with_state=True):
     return run([x.double() for x in tensors], slopes, "reference", cu_seqlens, with_state)
-
-
-def relative_error(result, truth):
-    return float((result.double() - truth).norm() / truth.norm().clamp(min=1e-30))
 
 
 def assert_close(results, truths, tolerance=TOLERANCE):

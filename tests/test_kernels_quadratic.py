@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from test_kernels_operator import DEVICE, _poison_uninitialised_memory, make_inputs, relative_error  # noqa: F401
+from kernel_helpers import DEVICE, TOLERANCE, make_inputs, relative_error
 
 from kernels import reference
 from kernels.quadratic import quadratic_attention
 
-TOLERANCE = 1e-5 if DEVICE == "cuda" else 1e-6
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def run(form, tensors):
