@@ -26,7 +26,6 @@ from training.metrics import last_step, read_metrics
 from training.run_folder import RunFolder
 from training.sweep import Point
 from training.sweep_runner import (
-    MARKER,
     ROOT,
     TAIL_LINES,
     Device,
@@ -35,6 +34,7 @@ from training.sweep_runner import (
     last_lines,
     launch_command,
     processes_of,
+    start_process,
     stop_processes,
 )
 
@@ -178,16 +178,7 @@ class RankKill:
     ) -> subprocess.Popen:
         """Start a program under the launcher; what it prints goes to NAME.log."""
         command, variables = launch_command(program, "deepspeed", num_gpus, devices)
-        with open(self.folder / f"{name}.log", "wb") as log:
-            return subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=os.environ | variables | {MARKER: str(self.folder.resolve())},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        return start_process(command, variables, self.folder.resolve(), self.folder / f"{name}.log", ROOT)
 
     def _workers(self) -> dict[int, int]:
         """Rank to process of the workers that are alive; what they have started themselves is left out."""

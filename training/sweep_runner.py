@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -144,7 +143,6 @@ class Job:
     point: Point
     process: subprocess.Popen
     devices: tuple[Device, ...]
-    log: IO[bytes]
     started: float
 
 
@@ -209,16 +207,8 @@ class Runner:
         if not run.has_checkpoint():
             run.metrics.unlink(missing_ok=True)  # of an earlier try: this one starts at its first step
         command, variables = self.command(point, folder, devices)
-        log = open(folder.with_name(f"{point.name}.log"), "wb")  # noqa: SIM115 (open while the point runs)
-        process = subprocess.Popen(
-            command,
-            env=os.environ | variables | {MARKER: str(folder)},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches the sweep alone, which then stops its points
-        )
-        self.jobs.append(Job(point, process, devices, log, time.monotonic()))
+        process = start_process(command, variables, folder, folder.with_name(f"{point.name}.log"))
+        self.jobs.append(Job(point, process, devices, time.monotonic()))
         self._record(point, {"status": "running", "device": device_text(devices), "commit": commit()})
 
     def _has_all(self, job: Job) -> bool:
@@ -234,7 +224,6 @@ class Runner:
         stop_processes([folder], 0 if has_all else STOP_SECONDS)  # a launcher can end before its workers do
         ended = job.process.wait()
         code = 0 if has_all else ended
-        job.log.close()
         tail = last_lines(folder.with_name(f"{job.point.name}.log"))
         measured = measure(folder, self.sweep)
         error = None
@@ -301,6 +290,25 @@ def stop_processes(folders: list[Path], patience_seconds: float = STOP_SECONDS) 
             time.sleep(POLL_SECONDS)
         else:
             return
+
+
+def start_process(
+    command: list[str], variables: dict[str, str], folder: Path, log: Path, cwd: Path | None = None
+) -> subprocess.Popen:
+    """Start a command whose processes `processes_of([folder])` finds; what they print goes to `log`.
+
+    It has a session of its own: Ctrl-C reaches the caller alone, which then stops it.
+    """
+    with open(log, "wb") as output:
+        return subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=os.environ | variables | {MARKER: str(folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def processes_of(folders: list[Path]) -> list[int]:
