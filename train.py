@@ -10,6 +10,7 @@ The same command again resumes it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -40,16 +41,28 @@ def multirun(arguments: list[str]) -> int:
     configs = [compose(TrainConfig, point, "train") for point in points]
     swept = [key for key in points[0] if any(key not in point for point in points)]
     names = [setting.split("=", 1)[0] for setting in swept]
-    first_failure = 0
+    run_dirs = []
     for point, config in zip(points, configs, strict=True):
-        label = "_".join(setting.replace("=", "-") for setting in point if setting.split("=", 1)[0] in names)
-        run_dir = os.path.join(config.run_dir, label.replace("/", "-"))
+        chosen = [setting for setting in point if setting.split("=", 1)[0] in names]
+        run_dirs.append(os.path.join(config.run_dir, folder_name(chosen)))
+        if run_dirs[-1] in run_dirs[:-1]:
+            raise SettingError(f"two points would share the run folder {run_dirs[-1]}: run them one by one.")
+    first_failure = 0
+    for point, run_dir in zip(points, run_dirs, strict=True):
         others = [setting for setting in point if not setting.startswith("run_dir=")]
         code = run_point([sys.executable, sys.argv[0], *others, f"run_dir={run_dir}"])
         first_failure = first_failure or code
         if code == EXIT_PREEMPTED:
             break
     return first_failure
+
+
+def folder_name(settings: list[str]) -> str:
+    """What a point's settings are called as a folder; long ones are cut and told apart by a hash."""
+    name = "_".join(settings).replace("=", "-").replace("/", "-").encode()
+    if len(name) > 200:
+        name = name[:150] + b"-" + hashlib.sha256(name).hexdigest()[:16].encode()
+    return name.decode(errors="ignore")
 
 
 def run_point(command: list[str]) -> int:

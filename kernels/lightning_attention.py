@@ -43,8 +43,8 @@ def lightning_attention(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: (S + 1,) int32, for B = 1: sequence i is rows cu_seqlens[i] to cu_seqlens[i + 1], possibly
             none. States are then (S, H, Dk, Dv).
-        backend: `triton`, `torch` (chunked, any device), `reference` (token by token), or `auto`: triton on
-            CUDA devices, torch elsewhere.
+        backend: `triton`, `torch` (chunked, any device), `reference` (token by token, no custom op: a graph
+            breaks at its cu_seqlens), or `auto`: triton on CUDA devices, torch elsewhere.
 
     Returns:
         o (B, N, H, Dv) in the inputs' dtype, and the final state in fp32 (None unless asked for). Gradients

@@ -54,3 +54,15 @@ def test_gradients_are_clipped_at_the_norm_that_is_set_or_not_at_all(clip, stage
     assert norm > 0.4
     clipped = min(norm, clip) if clip else norm
     assert float(moments.double().norm()) == pytest.approx((1 - config.optim.beta1) * clipped, rel=1e-6)
+
+
+def test_a_step_without_targets_changes_nothing(world):
+    sizes = ["model.vocab_size=64", "model.num_layers=1", "model.hidden_size=32", "model.glu_size=48"]
+    config = compose(TrainConfig, [*sizes, "optim.weight_decay=0", "engine.precision=fp32"], "train")
+    engine = Engine(TransNormer(config.model), config, world, accumulation_steps=1, micro_batch_size=1)
+    before = [fragment.tensors["param"].clone() for fragment in engine.fragments()]
+    result = engine.train_step([Batch(torch.tensor([[3]]), torch.tensor([[-100]]), None)], 0, 0.001)
+    after = [fragment.tensors["param"].clone() for fragment in engine.fragments()]
+    engine.close()
+    assert (result.loss, result.grad_norm) == (0.0, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

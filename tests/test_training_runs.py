@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from training_helpers import assert_same_state, finish, lines, run, settings, st
 import train
 from training.checkpoint import list_checkpoints, newest_checkpoint
 from training.config import TrainConfig, compose, load_saved_config
+from training.errors import SettingError
 from training.optimizer import default_lr
 from training.state import saved_state
 
@@ -290,6 +292,27 @@ def test_a_run_draws_its_report(text, tmp_path):
     assert ranks.wait() == [0], ranks.stderr()
     assert (tmp_path / "run" / "report.md").exists()
     assert list((tmp_path / "run" / "plots").glob("*.png"))
+
+
+def test_multirun_tells_long_values_apart_and_refuses_one_folder_for_two_points(text, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(train, "run_point", lambda command: started.append(command[-1]) or 0)
+    names = ["/".join([100 * "d"] * 3) + end for end in ("a", "b")]
+    train.multirun(settings(text, tmp_path / "runs", f"wandb.project={','.join(names)}"))
+    assert len({Path(run_dir).name for run_dir in started}) == 2
+    assert all(len(Path(run_dir).name) <= 200 for run_dir in started)
+    with pytest.raises(SettingError, match="two points would share the run folder"):
+        train.multirun(settings(text, tmp_path / "runs", "wandb.project=a/b,a-b"))
+    assert len(started) == 2
+
+
+@pytest.mark.parametrize(
+    "command", ["train.py run_dir=", "eval.py checkpoint=", "-m scripts.report run_dir="]
+)
+def test_a_name_that_is_too_long_is_said_in_a_line(command):
+    result = run(f"{command}/tmp/{300 * 'n'}".split())
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: /tmp/n+…: a name in this path is longer than 255 bytes\.\n", result.stderr)
 
 
 def test_multirun_of_one_point_is_refused(text, tmp_path):

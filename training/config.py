@@ -7,6 +7,7 @@ below this module sees plain dataclasses. A wrong setting becomes a `SettingErro
 from __future__ import annotations
 
 import difflib
+import errno
 import inspect
 import io
 import math
@@ -603,6 +604,10 @@ def run_command(
             sys.stdout.flush()
     except USER_ERRORS as error:
         fail(error)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        fail(SettingError(f"{str(error.filename)[:80]}…: a name in this path is longer than 255 bytes."))
     except KeyboardInterrupt:
         print(file=sys.stderr)  # what a terminal shows of Ctrl-C, or what was being written, is no whole line
         sys.exit(EXIT_INTERRUPTED)

@@ -164,6 +164,7 @@ class Engine:
             self.optimizer.pack()  # a save or load has left fp32 moments
         self.model.train()
         total = torch.zeros((), device=self.world.device)
+        num_targets = max(1, num_targets)  # a step of separators alone has none, and no gradient
         # DeepSpeed averages gradients over ranks; the loss is a sum over them.
         scale = self.world.size / num_targets
         for index, batch in enumerate(batches):
