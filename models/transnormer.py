@@ -167,7 +167,7 @@ class TransNormer(nn.Module):
             cu_seqlens: (num_sequences + 1,) int32, B = 1: sequences packed one after another; attention
                 and positions restart at each.
             state: carries sequences over several calls; given and returned. With cu_seqlens, one part of
-                it belongs to each packed sequence.
+                it belongs to each packed sequence; softmax layers then take it with cu_seqlens again only.
             reduction: of the loss, "sum" or "none" (per token, no gradients).
             last_only: give logits of the last token only, (B, 1, V).
 
