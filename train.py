@@ -59,10 +59,11 @@ def multirun(arguments: list[str]) -> int:
 
 def folder_name(settings: list[str]) -> str:
     """What a point's settings are called as a folder; long ones are cut and told apart by a hash."""
-    name = "_".join(settings).replace("=", "-").replace("/", "-").encode()
-    if len(name) > 200:
-        name = name[:150] + b"-" + hashlib.sha256(name).hexdigest()[:16].encode()
-    return name.decode(errors="ignore")
+    name = "_".join(settings).replace("=", "-").replace("/", "-")
+    in_bytes = os.fsencode(name)
+    if len(in_bytes) <= 200:
+        return name
+    return f"{in_bytes[:150].decode(errors='ignore')}-{hashlib.sha256(in_bytes).hexdigest()[:16]}"
 
 
 def run_point(command: list[str]) -> int:

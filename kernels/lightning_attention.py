@@ -112,6 +112,7 @@ def _reference(q, k, v, slopes, initial_state, cu_seqlens) -> tuple[Tensor, Tens
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, num_dims: int) -> None:
+    """Raise a ValueError that names what is off; num_dims is 4, or 3 for a step."""
     dims = "(B, N, H, D)" if num_dims == 4 else "(B, H, D)"
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x)
@@ -161,7 +162,7 @@ def _check_slopes(slopes: Tensor, q: Tensor) -> None:
 
 
 def check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None) -> int:
-    """The number of sequences."""
+    """The number of sequences; a ValueError names what is off."""
     if cu_seqlens is None:
         return q.shape[0]
     _check_tensor("cu_seqlens", cu_seqlens)
@@ -203,6 +204,7 @@ def _values_are_cheap(x: Tensor) -> bool:
 
 
 def choose_backend(backend: str, q: Tensor) -> str:
+    """The backend that `backend` stands for; a ValueError says why it can't be."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}.")
     if backend == "auto":

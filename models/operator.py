@@ -20,16 +20,9 @@ try:
 except ImportError:
     cross_entropy = torch_cross_entropy
 
-    def quadratic_attention(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor,
-        cu_seqlens: Tensor | None = None,
-        backend: str = "auto",
-    ) -> Tensor:
-        """q, k (B, N, H, Dk), v (B, N, H, Dv) → o (B, N, H, Dv)."""
-        return torch_quadratic_attention(q, k, v, slopes, cu_seqlens)
+    def quadratic_attention(*inputs, backend: str = "auto") -> Tensor:  # type: ignore[misc]
+        """torch_quadratic_attention, which is the only backend here."""
+        return torch_quadratic_attention(*inputs)
 
     def lightning_attention(
         q: Tensor,

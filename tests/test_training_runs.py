@@ -310,9 +310,9 @@ def test_multirun_tells_long_values_apart_and_refuses_one_folder_for_two_points(
     "command", ["train.py run_dir=", "eval.py checkpoint=", "-m scripts.report run_dir="]
 )
 def test_a_name_that_is_too_long_is_said_in_a_line(command):
-    result = run(f"{command}/tmp/{300 * 'n'}".split())
+    result = run(f"{command}{300 * 'n'}".split())
     assert result.returncode == 2
-    assert re.fullmatch(r"error: /tmp/n+…: a name in this path is longer than 255 bytes\.\n", result.stderr)
+    assert re.fullmatch(r"error: .+…: the path, or a name in it .* is too long\.\n", result.stderr)
 
 
 def test_multirun_of_one_point_is_refused(text, tmp_path):

@@ -252,7 +252,7 @@ def compose(schema: type, arguments: list[str], config_name: str | None = None):
         SettingError: names the key or group, the value and what is allowed.
     """
     ConfigStore.instance().store(name=f"{config_name or 'settings'}_schema", node=schema)
-    pairs = [_split(argument) for argument in arguments]
+    pairs = [split_setting(argument) for argument in arguments]
     given = dict(pairs)
     overrides = [
         _as_hydra_reads(key, value, schema, config_name)
@@ -278,7 +278,7 @@ def compose(schema: type, arguments: list[str], config_name: str | None = None):
     return config
 
 
-def _split(argument: str) -> tuple[str, str]:
+def split_setting(argument: str) -> tuple[str, str]:
     """Key and value; a leading + or ++, which Hydra takes for keys that are not there yet, is left out."""
     if argument.startswith("-") or "=" not in argument:
         raise SettingError(f"{argument}: not a setting. Write key=value; --help lists the keys.")
@@ -607,7 +607,11 @@ def run_command(
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        fail(SettingError(f"{str(error.filename)[:80]}…: a name in this path is longer than 255 bytes."))
+        fail(
+            SettingError(
+                f"{str(error.filename)[:80]}…: the path, or a name in it (255 bytes at most), is too long."
+            )
+        )
     except KeyboardInterrupt:
         print(file=sys.stderr)  # what a terminal shows of Ctrl-C, or what was being written, is no whole line
         sys.exit(EXIT_INTERRUPTED)

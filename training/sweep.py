@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import explain_write_errors, read_json_object, write_json
-from training.config import TrainConfig, compose, sweep_points
+from training.config import TrainConfig, compose, split_setting, sweep_points
 from training.errors import USER_ERRORS, SettingError
 from training.memory import sequences_per_rank
 from training.metrics import is_number, read_metrics
@@ -136,7 +136,7 @@ def expand(sweep: SweepDefinition) -> list[Point]:
 
 def _point(sweep: SweepDefinition, label: str, seq_len: int, crossed: list[str], chosen: list[str]) -> Point:
     for setting in chosen:
-        key = setting.split("=", 1)[0].lstrip("+")
+        key, _ = split_setting(setting)
         if key in OWNED:
             raise SettingError(
                 f"{setting}: a sweep sets {key} of its points itself, from run_dir and sweep.seq_lens, "
