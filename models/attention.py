@@ -69,11 +69,13 @@ class LRPE(nn.Module):
             self.theta.data = theta.to(self.theta.device)
         return self
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """q, k (B, N, H, d) at positions (B or 1, N) → the same with 2d features."""
         theta: Tensor = self.theta
         if self.theta_fp32 is not None:
-            theta = theta.float() + (self.theta_fp32 - theta.float()).detach()
-        return RotateLRPE.apply(x, theta, positions)
+            wide = theta.float()  # once: the gradients of q and k meet in fp32
+            theta = wide + (self.theta_fp32 - wide).detach()
+        return RotateLRPE.apply(q, theta, positions), RotateLRPE.apply(k, theta, positions)
 
 
 class GatedLinearAttention(nn.Module):
@@ -123,7 +125,7 @@ class GatedLinearAttention(nn.Module):
         if config.activation == "silu":
             q, k = F.silu(q), F.silu(k)
         if self.lrpe is not None:
-            q, k = self.lrpe(q, positions), self.lrpe(k, positions)
+            q, k = self.lrpe(q, k, positions)
         o, state = self._attend(q, k, v, cu_seqlens, state, keep_state)  # o (B, N, H, d)
         o = self.norm(o).flatten(-2) if config.output_norm == "head" else self.norm(o.flatten(-2))
         if config.gate == "low_rank":

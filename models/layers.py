@@ -65,14 +65,14 @@ class RMSNorm(SRMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (scaled * self.weight.float()).to(x.dtype)
+        return (scaled * self.weight.to(x.dtype).float()).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm computed in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.float(), self.bias.float()
+        weight, bias = (p.to(x.dtype).float() for p in (self.weight, self.bias))
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
@@ -107,8 +107,10 @@ class Embedding(nn.Embedding):
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
         weight = self.weight
-        if torch.is_grad_enabled() and not weight.is_cuda:
-            weight = weight.float()  # a CPU sums the gradients of a token's places in the weight's own dtype
+        if torch.is_grad_enabled():
+            weight = weight.to(dtype)  # so that the gradient of an fp32 weight is rounded as a bf16 one's
+            if not weight.is_cuda:
+                weight = weight.float()  # a CPU sums the gradients of a token's places in the weight's dtype
         return F.embedding(tokens, weight).to(dtype) * self.scale
 
 

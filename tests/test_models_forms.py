@@ -198,8 +198,8 @@ def test_lrpe_scores_depend_on_the_distance_only():
     q, k = torch.randn(2, 1, 1, 2, 16, generator=torch.Generator().manual_seed(0))
 
     def score(i: int, j: int) -> torch.Tensor:
-        rotated = [lrpe(x, torch.tensor([[position]])) for x, position in ((q, i), (k, j))]
-        return (rotated[0] * rotated[1]).sum(-1)
+        rotated = [lrpe(q, k, torch.tensor([[position]])) for position in (i, j)]
+        return (rotated[0][0] * rotated[1][1]).sum(-1)
 
     near, far = score(7, 3), score(1_000_004, 1_000_000)
     theta = lrpe.theta.detach().double().squeeze(1)
@@ -215,7 +215,7 @@ def test_lrpe_gradients():
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 10, 11]])
     got = torch.autograd.grad(_weighted(lrpe, x, theta, positions), (x, theta))
     angles = positions[..., None, None] * theta.squeeze(1)
-    plain = torch.cat([x * angles.cos(), x * angles.sin()], dim=-1)
+    plain = 3 * torch.cat([x * angles.cos(), x * angles.sin()], dim=-1)
     expected = torch.autograd.grad((plain * torch.arange(32)).sum(), (x, theta))
     for value, wanted in zip(got, expected, strict=True):
         close(value, wanted, 1e-5)  # cosine and sine are fp32
@@ -225,7 +225,8 @@ def _weighted(lrpe, x, theta, positions):
     lrpe.theta = torch.nn.Parameter(torch.empty(0))
     del lrpe.theta
     lrpe.theta = theta
-    return (lrpe(x, positions) * torch.arange(32)).sum()
+    q, k = lrpe(x, 2 * x, positions)
+    return ((q + k) * torch.arange(32)).sum()
 
 
 def test_a_cast_leaves_frequencies_and_slopes_in_fp32():

@@ -53,7 +53,9 @@ def test_lrpe():
     golden = load("lrpe")
     lrpe = LRPE(ModelConfig(vocab_size=8, hidden_size=16, num_heads=2, num_layers=1))
     lrpe.theta.data = torch.tensor(golden["theta"])[:, None, :]
-    out = lrpe(torch.tensor(golden["x"])[None], torch.tensor(golden["positions"])[None])
+    x = torch.tensor(golden["x"])[None]
+    out, same = lrpe(x, x, torch.tensor(golden["positions"])[None])
+    assert torch.equal(out, same)
     assert golden["positions"][-1] == 1_000_000
     close(out[0], golden["outputs"], 1e-6)
 

@@ -56,6 +56,25 @@ def test_gradients_are_clipped_at_the_norm_that_is_set_or_not_at_all(clip, stage
     assert float(moments.double().norm()) == pytest.approx((1 - config.optim.beta1) * clipped, rel=1e-6)
 
 
+@pytest.mark.parametrize("form", ["norm=srmsnorm", "norm=rmsnorm", "norm=layernorm", "tie_embeddings=false"])
+def test_stages_take_the_same_steps_bit_for_bit(form, world):
+    """Two micro-steps of each of three, with repeated tokens: what one stage adds in fp32, all do."""
+    sizes = ["model.vocab_size=16", "model.num_layers=2", "model.hidden_size=32", "model.glu_size=48"]
+    masters = []
+    for stage in range(4):
+        settings = [f"engine=zero{stage}", "engine.precision=bf16", *sizes, f"model.{form}"]
+        config = compose(TrainConfig, settings, "train")
+        engine = Engine(TransNormer(config.model), config, world, accumulation_steps=2, micro_batch_size=2)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            parts = torch.randint(16, (2, 2, 65), generator=generator)
+            engine.train_step([Batch(x[:, :-1], x[:, 1:], None) for x in parts], 256, 0.01)
+        masters.append({fragment.name: fragment.tensors["param"].clone() for fragment in engine.fragments()})
+        engine.close()
+    for other in masters[1:]:
+        assert [name for name, value in masters[0].items() if not torch.equal(value, other[name])] == []
+
+
 def test_a_step_without_targets_changes_nothing(world):
     sizes = ["model.vocab_size=64", "model.num_layers=1", "model.hidden_size=32", "model.glu_size=48"]
     config = compose(TrainConfig, [*sizes, "optim.weight_decay=0", "engine.precision=fp32"], "train")

@@ -2,8 +2,9 @@
 
 Precision, at every stage: fp32 master weights, moments, gradient accumulation and reduction; weights and
 activations in bf16, or in fp32 with `engine.precision=fp32`. DeepSpeed's stages 1–3 keep bf16 weights beside
-fp32 masters. Its stage 0 can't accumulate bf16 gradients in fp32, so there the weights themselves are fp32
-and every layer rounds them for its product: the same numbers, and nothing is sharded.
+fp32 masters. Its stage 0 can't accumulate bf16 gradients in fp32, so there the weights themselves are fp32,
+every layer rounds them where it uses them, and a hook rounds a micro-step's gradients: the same numbers, and
+nothing is sharded.
 
 State is seen as fragments: for each parameter, the part of its flattened fp32 master and moments that this
 rank owns. Checkpoints are written and read through them, whatever the stage and the number of ranks.
@@ -107,9 +108,12 @@ class Engine:
         if config.engine.fp8:
             world.on_all(partial(_use_fp8, model, world.device))  # ranks may have different GPUs
         initial = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
-        if bf16 and self.stage > 0:
+        if bf16:
             for p in model.parameters():
-                p.data = p.data.bfloat16()
+                if self.stage > 0:
+                    p.data = p.data.bfloat16()
+                else:
+                    p.register_hook(lambda grad: grad.bfloat16().float())
         optimizer = build_optimizer(model, config.optim, model.compute_dtype)
         self.group_index = {
             p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]
