@@ -26,9 +26,9 @@ from training.sweep_command import run_sweep
 from training.sweep_runner import free_devices
 
 TOKENS_PER_GPU = 65536
-# The runs are the first steps of a longer one: squeezed into 50 steps, its warm-up would be 5 steps of large
-# learning rates, in which any difference of rounding grows to 2e-2 of loss.
-SCHEDULE_STEPS = 2000
+# The runs are the first steps of a longer one, whose warm-up has the default's 1,000 steps. In a shorter one
+# learning rates are large early, and a single weight's other rounding grows to 2e-2 of loss in 30 steps.
+SCHEDULE_STEPS = 10_000
 PARTS = ("runs", "kill")
 
 
