@@ -37,24 +37,24 @@ def curve(run_dir: Path) -> list[tuple[float, float]]:
     return [(line["loss"], line["grad_norm"]) for _, line in sorted(lines(run_dir).items())]
 
 
-@pytest.mark.parametrize(("stage", "tolerance"), [(0, 2e-3), (2, 0), (3, 0)])
-def test_stages_give_the_same_losses(stage, tolerance, text, reference, tmp_path):
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_stages_give_the_same_losses(stage, text, reference, tmp_path):
     arguments = settings(text, tmp_path / "run", f"max_steps={STEPS}", f"engine=zero{stage}")
     result = run(["train.py", *arguments], num_ranks=2)
     assert result.returncode == 0, result.stderr
     losses = [loss for loss, _ in curve(tmp_path / "run")]
-    assert losses == pytest.approx([loss for loss, _ in curve(reference)], abs=tolerance)
+    assert losses == [loss for loss, _ in curve(reference)]
     assert losses[-1] < losses[0] - 0.05
 
 
 def test_stages_take_the_same_steps_in_bf16(text, tmp_path):
     losses = []
-    for stage in (1, 2, 3):
+    for stage in range(4):
         more = ["engine.precision=bf16", "max_steps=4", f"engine=zero{stage}"]
         result = run(["train.py", *settings(text, tmp_path / str(stage), *more)], num_ranks=2)
         assert result.returncode == 0, result.stderr
         losses.append([loss for loss, _ in curve(tmp_path / str(stage))])
-    assert losses[1] == losses[2] == losses[0]
+    assert losses[0] == losses[1] == losses[2] == losses[3]
 
 
 def test_one_rank_gives_the_losses_of_two(text, reference, tmp_path):
