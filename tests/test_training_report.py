@@ -71,6 +71,15 @@ def test_full_report(tmp_path):
         assert (folder.plots / f"{name}.png").read_bytes().startswith(PNG)
 
 
+def test_the_final_training_loss_is_the_mean_of_the_last_tenth(tmp_path):
+    folder = make_folder(tmp_path / "run")
+    lines = [{"step": 10 * i, "tokens": 640 * i, "loss": float(i)} for i in range(1, 31)]
+    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_run_report(folder)
+    row = "| training loss, mean of 3 logged steps from 280 on | 29.0000 nats per token |"
+    assert row in folder.report.read_text()
+
+
 @pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "samples.jsonl", "eval"])
 def test_report_without_one_input(tmp_path, missing):
     folder = make_folder(tmp_path / "run")

@@ -244,12 +244,18 @@ def _summary(config: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
 
 
 def _figures(metrics: list[dict[str, Any]]) -> str:
-    """Table of the last values of each metric."""
+    """Table of the last values of each metric; of the training loss a mean: a step is of few texts."""
     last: dict[str, Any] = {}
     for line in metrics:
         last |= {key: value for key, value in line.items() if is_number(value)}
+    steps = [line for line in metrics if is_number(line.get("loss"))]
+    tail = steps[-max(1, len(steps) // 10) :]
+    loss_name = "training loss"
+    if len(tail) > 1:
+        last["loss"] = sum(line["loss"] for line in tail) / len(tail)
+        loss_name += f", mean of {len(tail)} logged steps from {tail[0]['step']:,} on"
     shown = (
-        ("training loss", "loss", "{:.4f} nats per token"),
+        (loss_name, "loss", "{:.4f} nats per token"),
         ("validation loss", "valid_loss", "{:.4f} nats per token"),
         ("validation perplexity", "valid_perplexity", "{:,.3f}"),
         ("validation bits per byte", "valid_bits_per_byte", "{:.4f}"),
