@@ -34,7 +34,7 @@ class Launch:
     walk: Warps
     dk_dv: Warps | None = None  # None: dk and dv in a walk each, where one state and both outputs don't fit
     states: Warps | None = None  # of segment states, STATE_BLOCK value columns a program; None: as the walk
-    split_weights: bool = False  # add rows to the state twice, which rounds less: see add_rows
+    split_weights: bool = False  # in bf16: add rows to the state twice, which rounds less: see add_rows
     gluon: bool = False  # the walks of hopper_kernels.py, where they support the shape
 
 
@@ -89,7 +89,8 @@ def choose_launch(dtype: torch.dtype, head_dim: int, device: torch.device) -> La
         table = _FP32
     elif device.type == "cuda":
         table = _TABLES.get(torch.cuda.get_device_capability(device), _ADA)
-    changes = {name: value for name, value in _forced.items() if name not in ("segments", "parts")}
+    changes = {} if dtype == torch.bfloat16 else {"split_weights": False}
+    changes |= {name: value for name, value in _forced.items() if name not in ("segments", "parts")}
     return replace(table[max(64, padded(head_dim))], **changes)
 
 

@@ -41,11 +41,15 @@ def rows_in_range(log2_decay):
 
 
 @triton.jit
-def state_scale(log2_decay, C: tl.constexpr, SPLIT: tl.constexpr):
-    """What the state in registers is divided by: with SPLIT the mean of λ^0 to λ^(C-1), see add_rows."""
+def state_scale(log2_decay, C: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr):
+    """What the state in registers is divided by: with SPLIT the mean weight of a chunk's rows, see add_rows.
+
+    Of λ^0 to λ^(C-1), in reverse λ^1 to λ^C; at least 2^-64, so that a quotient fits in bf16.
+    """
     scale = 1.0
     if SPLIT:
-        scale = tl.sum(decay_powers(log2_decay, tl.arange(0, C)), axis=0) / C
+        distance = tl.arange(0, C) + (1 if REVERSE else 0)
+        scale = tl.maximum(tl.sum(decay_powers(log2_decay, distance), axis=0) / C, 1 / 2**64)
     return scale
 
 
@@ -54,7 +58,8 @@ def add_rows(b_s, b_k, b_v, decay, weight, scale, SPLIT: tl.constexpr):
     """decay · b_s + Σ_i (weight_i / scale) v_iᵀ k_i, with b_k [C, BK], b_v [C, BV], weight [C].
 
     Rounding weight · v to 16 bits costs as much accuracy as rounding the output does. With SPLIT the rows
-    are added once without a weight, exactly, and once with the small rest, weight / scale - 1.
+    are added once without a weight, exactly, and once with the small rest, weight / scale - 1. Not for fp16,
+    whose range is too small for a state over the scale of a head that decays fast.
     """
     b_s *= decay
     if SPLIT:
@@ -170,7 +175,7 @@ def walk_kernel(
         b_s = tl.load(initial_state + whole, mask, other=0.0)
 
     log2_decay = -tl.load(slopes + i_h) * LOG2_E
-    scale = state_scale(log2_decay, C, SPLIT)
+    scale = state_scale(log2_decay, C, SPLIT, REVERSE)
     b_s /= scale
     o_c = tl.arange(0, C)
     distance = o_c[None, :] - o_c[:, None]  # [C of k, C of q]
@@ -229,7 +234,7 @@ def dk_dv_kernel(
         b_ds = tl.load(grad_final + whole, mask, other=0.0)
 
     log2_decay = -tl.load(slopes + i_h) * LOG2_E
-    scale = state_scale(log2_decay, C, SPLIT)
+    scale = state_scale(log2_decay, C, SPLIT, True)
     b_ds /= scale
     o_c = tl.arange(0, C)
     b_decay = decay_powers(log2_decay, o_c[:, None] - o_c[None, :])  # [C of q, C of k]
@@ -280,7 +285,7 @@ def segment_state_kernel(
     d_v = describe_rows(v, v_strides, i_b, i_h, begin, length, Dv, C, BV)
 
     log2_decay = -tl.load(slopes + i_h) * LOG2_E
-    scale = state_scale(log2_decay, C, SPLIT)
+    scale = state_scale(log2_decay, C, SPLIT, REVERSE)
     o_c = tl.arange(0, C)
     b_s = tl.zeros([BV, BK], dtype=tl.float32)
     chunks_in_range = tl.cdiv(rows_in_range(log2_decay), C) + 1  # the last one may be short

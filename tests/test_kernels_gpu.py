@@ -113,6 +113,16 @@ def test_fuzz():
             assert_close(*make_inputs(B, N, H, Dk, Dv, dtype, seed=seed), packed, with_states=packed is None)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("slope", [0.0, 0.01, 0.3, 1.0, 4.0, 8.0])
+@pytest.mark.parametrize(("Dk", "Dv"), [(64, 64), (128, 128), (256, 128)])
+def test_a_head_of_any_slope_by_itself(Dk, Dv, slope, dtype):
+    """Beside a slow head's gradients those of a fast one's initial state would not count."""
+    tensors, slopes = make_inputs(2, 300, 1, Dk, Dv, dtype)
+    slopes[0] = slope
+    assert_close(tensors, slopes)
+
+
 def test_addresses_beyond_32_bits():
     """2^31 elements and more in one tensor; the last rows are checked against a pass over them alone."""
     B, N, H, D = 1, 1_100_000, 16, 128
