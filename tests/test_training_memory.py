@@ -1,11 +1,14 @@
 """The memory estimate against what autograd really keeps, hand-made sums, and the micro-batch it leads to."""
 
+import os
+
 import pytest
 import torch
 
+from data.loader import Batch
 from models.config import ModelConfig
 from models.transnormer import TransNormer
-from training.config import compose
+from training.config import TrainConfig, compose
 from training.errors import SettingError
 from training.gpus import find_gpu
 from training.memory import (
@@ -91,9 +94,10 @@ def test_loss_holds_one_chunk_of_logits():
     ("engine", "num_ranks", "bytes_per_parameter"),
     [
         ("zero0", 4, 6 + 4 + 8),
-        ("zero1", 1, 2 + 4 + 4 + 8),
-        ("zero1", 4, 2 + 4 + 12 / 4),
-        ("zero1 optim=adamw_8bit", 4, 2 + 4 + (6 + 8 / 256) / 4),
+        ("zero1", 1, 2 + 2 + 4 + 4 + 8),
+        ("zero1", 4, 2 + 2 + 4 + 12 / 4),
+        ("zero1 engine.precision=fp32", 4, 4 + 4 + 12 / 4),
+        ("zero1 optim=adamw_8bit", 4, 2 + 2 + 4 + (6 + 8 / 256) / 4),
         ("zero2", 4, 2 + 16 / 4),
         ("zero2_offload", 4, 2),
         ("zero3", 4, 20 / 4),
@@ -115,14 +119,60 @@ def test_parts_grow_with_the_micro_batch():
     assert [name for name in one if one[name] != two[name]] == ["activations", "loss"]
 
 
-def test_sums_of_gradients_wait_where_a_step_has_several_backward_passes():
-    config = settings("model=tnl-1b", "model.vocab_size=64000", "seq_len=8192", "batch_tokens=65536")
-    weights = config.model.num_parameters()
-    assert memory_parts(config, 1, 8)["fp32 gradient sums"] == 0
-    assert memory_parts(config, 1, 4)["fp32 gradient sums"] == 4 * weights
-    few = memory_parts(settings("model=tnl-1b", "model.vocab_size=64000", "seq_len=128"), 1, 1)
-    assert few["copied gradients"] == few["fp32 gradient sums"] == 4 * weights  # the update is the peak
-    assert few["activations"] == 0
+def test_gradients_and_their_sums_over_a_step():
+    """At the start of backward: what earlier micro-steps have left, and what stage 1 in bf16 always holds."""
+    shape = ("model=tnl-1b", "model.vocab_size=64000", "seq_len=8192", "batch_tokens=65536")
+    weights = settings(*shape).model.num_parameters()
+    names = ("gradients", "fp32 gradient sums")
+    for more, one_pass, several in [
+        ("engine=zero1", (0, 4), (2, 4)),
+        ("engine=zero2", (0, 0), (0, 4)),
+        ("engine=zero0", (4, 0), (4, 0)),
+    ]:
+        for size, expected in ((8, one_pass), (4, several)):
+            parts = memory_parts(settings(*shape, more), 1, size)
+            assert tuple(parts[name] / weights for name in names) == expected, (more, size)
+
+
+def test_with_few_tokens_the_peak_is_the_update_where_it_copies():
+    few = ("model=tnl-1b", "model.vocab_size=64000", "seq_len=128")
+    weights = settings(*few).model.num_parameters()
+    for more, copied in (("engine=zero1", 0), ("engine=zero2", 4), ("engine.precision=fp32", 4)):
+        parts = memory_parts(settings(*few, more), 1, 1)
+        assert parts["copied gradients"] == copied * weights
+        assert parts["fp32 gradient sums"] == 4 * weights
+        assert (parts["activations"] == 0) == (copied > 0)  # stage 1 holds as much in every backward pass
+
+
+def test_the_plan_counts_the_gradients_that_deepspeed_holds():
+    """Bytes of fp32 sums and of gradients at the start of a backward pass and after a step's last."""
+    from training import distributed
+    from training.engine import Engine
+
+    before = dict(os.environ)
+    world = distributed.start(5)
+    sizes = ["model.vocab_size=64", "model.num_layers=1", "model.hidden_size=32", "model.glu_size=48"]
+    config = compose(TrainConfig, [*sizes, "engine=zero1", "engine.precision=bf16"], "train")
+    engine = Engine(TransNormer(config.model), config, world, accumulation_steps=2, micro_batch_size=2)
+    found = []
+
+    def look(*_) -> None:
+        gradients = [p.grad for p in engine.model.parameters() if p.grad is not None]
+        sums = engine.deepspeed.optimizer.fp32_groups_gradients_flat
+        found.append([sum(x.numel() * x.element_size() for x in tensors) for tensors in (gradients, sums)])
+
+    engine.model.model.final_norm.register_forward_hook(look)
+    batch = Batch(torch.arange(16).reshape(2, 8), torch.arange(16).reshape(2, 8), None)
+    for _ in range(2):
+        engine.train_step([batch, batch], 32, 0.001)
+    engine.close()
+    distributed.stop()
+    os.environ.clear()
+    os.environ.update(before)
+    for index, bytes_found in enumerate(found):
+        parts = state_parts(config, 1, with_sums=index % 2 == 1)
+        planned = [parts[name] for name in ("gradients", "fp32 gradient sums")]
+        assert bytes_found == pytest.approx(planned, rel=0.01)
 
 
 def test_chunks_of_a_sequence_need_the_memory_of_one():

@@ -119,19 +119,22 @@ def loss_bytes(config: ModelConfig, num_tokens: int, element: int = 2) -> int:
 def state_parts(config: TrainConfig, num_ranks: int, with_sums: bool = True) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer state on one rank, by part (see training/engine.py).
 
-    Stages 1 and 2 turn each gradient into a part of its fp32 sum as it comes. `with_sums=False` is the time
-    at which a step has none yet: before the first backward pass.
+    Stage 2, and stage 1 in fp32, turn each gradient into a part of its fp32 sum as it comes; stage 1 in bf16
+    holds the sums all the time, and from a step's first backward pass on the bf16 gradients beside them.
+    `with_sums=False` is the time before that pass.
     """
     engine, count = config.engine, config.model.num_parameters()
     stage = engine.zero_stage
+    holds_sums = stage == 3 or holds_both_gradients(engine)
+    holds_gradients = stage in (0, 3) or (holds_both_gradients(engine) and with_sums)
     element = 4 if engine.precision == "fp32" or stage == 0 else 2
     sharded = {name: num_ranks if stage >= least else 1 for name, least in SHARDED_FROM_STAGE.items()}
     on_gpu = 0 if engine.offload_optimizer else 1
-    sums = 4 if stage == 3 or (stage > 0 and with_sums) else 0
+    sums = 4 if holds_sums or (stage > 0 and with_sums) else 0
     copies = 2 if stage == 0 and engine.precision == "bf16" else 0  # every layer rounds its weight for bf16
     parts = {
         "weights": (element + copies) * count / sharded["weights"],
-        "gradients": element * count / sharded["gradients"] if stage in (0, 3) else 0,
+        "gradients": element * count / sharded["gradients"] if holds_gradients else 0,
         "fp32 gradient sums": sums * count / sharded["sums"] * on_gpu,
         "fp32 master weights": 4 * count / sharded["masters"] * on_gpu if stage > 0 else 0,
         "optimizer moments": moment_bytes(config) / sharded["moments"] * on_gpu,
@@ -144,6 +147,11 @@ def state_parts(config: TrainConfig, num_ranks: int, with_sums: bool = True) -> 
     if stage == 3:
         parts["communication buffers"] += element * min(count, LIVE_PARAMETERS)
     return parts
+
+
+def holds_both_gradients(engine: EngineConfig) -> bool:
+    """Whether gradients lie beside their fp32 sums: DeepSpeed's stage 1 in bf16, a class of its own."""
+    return engine.zero_stage == 1 and engine.precision == "bf16"
 
 
 def moment_bytes(config: TrainConfig) -> float:
@@ -159,7 +167,7 @@ def moment_bytes(config: TrainConfig) -> float:
 def memory_parts(config: TrainConfig, num_ranks: int, micro_batch_size: int) -> dict[str, float]:
     """The estimate: bytes on one GPU at the peak of a step, by part. Needs `model.vocab_size`.
 
-    The peak is where backward begins, or with few tokens the update, which copies gradients into one tensor.
+    The peak is where backward begins, or with few tokens the update, which may copy gradients.
 
     Args:
         num_ranks: GPUs that share a step.
@@ -178,7 +186,8 @@ def memory_parts(config: TrainConfig, num_ranks: int, micro_batch_size: int) -> 
         "loss": loss_bytes(config.model, num_tokens, element),
     }
     update = {**state_parts(config, num_ranks), "copied gradients": 0, "activations": 0, "loss": 0}
-    if config.engine.zero_stage in (1, 2) and not config.engine.offload_optimizer:
+    copies = config.engine.zero_stage in (1, 2) and not holds_both_gradients(config.engine)
+    if copies and not config.engine.offload_optimizer:
         update["copied gradients"] = 4 * config.model.num_parameters() / num_ranks
     return max(backward, update, key=lambda parts: sum(parts.values()))
 
