@@ -40,7 +40,10 @@ class DataConfig:
         if self.source == "hub" and not self.name:
             raise DataError("data.name is not set: data=hub needs a data set, give data.name=OWNER/NAME")
         if self.source not in ("text", "prepared") and self.path:
-            raise DataError(f"data.path={self.path} is not used by data={self.source}: leave it out")
+            raise DataError(
+                f"data.path={self.path} is not used by data={self.source}: add data=text to train on it, "
+                "or leave it out"
+            )
         if self.source != "text" and self.valid_path:
             raise DataError(f"data.valid_path={self.valid_path} works with data=text only: leave it out")
         if not 0.0 <= self.valid_fraction <= 1.0:

@@ -29,8 +29,10 @@ COMPRESSIONS = (".gz", ".xz", ".zst")
 TEXT_FORMATS = (".txt", ".jsonl", ".parquet")
 SUFFIXES = tuple(f + c for f in TEXT_FORMATS for c in ("", *COMPRESSIONS))
 OTHER_FORMATS = (".json", ".ndjson", ".csv", ".tsv")  # which nobody means as the text that they are
+ARCHIVES = (".tar", ".tgz", ".txz", ".zip", ".bz2", ".7z", ".rar")  # which are not opened
 MAX_LINE_BYTES = 32 * 2**20  # of a line of .jsonl, so that no archive fills the memory
 MAX_EXPANSION = 32  # a compressed .txt of more than MAX_LINE_BYTES is at most so many times its file
+MISSING = object()  # of a row without the field that holds the text
 STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "__pycache__"})
 STDLIB_TESTS = frozenset({"test", "tests", "idle_test"})
 PEEKED_DOCUMENTS = 1_000
@@ -99,6 +101,10 @@ def list_text_files(path: str, key: str) -> list[Path]:
     """Files named by a file, folder or glob; DataError where there are none of a known kind."""
     kinds = ", ".join(SUFFIXES)
     if os.path.isfile(path):  # named by itself it is plain text unless its name says otherwise
+        if _format_of(Path(path)) in ARCHIVES:
+            raise DataError(
+                f"{key}={path}: archives are not opened: unpack it and name the folder; allowed are {kinds}"
+            )
         if _format_of(Path(path)) in OTHER_FORMATS:
             raise DataError(
                 f"{key}={path}: allowed are {kinds}. Name it .jsonl if each line is a JSON object, or .txt "
@@ -218,7 +224,7 @@ def _text_of_line(line: bytes, path: Path, number: int, offset: int, text_field:
         row = json.loads(decoded)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}:{number} is not valid JSON: {str(error)[:80]}") from None
-    text = row.get(text_field) if isinstance(row, dict) else None
+    text = row.get(text_field, MISSING) if isinstance(row, dict) else MISSING
     return _check_text(text, f"{path}:{number}", text_field)
 
 
@@ -246,6 +252,8 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
 
 
 def _check_text(text: object, where: str, text_field: str) -> str:
+    if text is None:
+        raise DataError(f"{where} is null in the field {text_field!r}: leave such rows out, or empty")
     if not isinstance(text, str):
         raise DataError(
             f"{where} has no text in the field {text_field!r}: set data.text_field to the right one"
@@ -328,7 +336,8 @@ def _open_hub(config: DataConfig, split: str) -> Source:
             )
             for number, row in enumerate(rows, 1):
                 where = f"{config.name}:{number}"
-                yield Document(_check_text(row.get(config.text_field), where, config.text_field), where)
+                text = row.get(config.text_field, MISSING)
+                yield Document(_check_text(text, where, config.text_field), where)
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, DataError):
                 raise

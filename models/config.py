@@ -67,7 +67,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for key, kind in get_type_hints(ModelConfig).items():
             value = getattr(self, key)
-            if not isinstance(value, (int, float) if kind is float else kind):
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            if not fits or (isinstance(value, bool) and kind is not bool):  # a bool is an int to Python
                 raise ValueError(
                     f"model.{key}={str(value)[:80]!r} must be of type {getattr(kind, '__name__', kind)}."
                 )

@@ -130,6 +130,8 @@ class LMHead(Linear):
         """
         if targets is None:
             return super().forward(x)
+        if reduction not in ("sum", "none"):
+            raise ValueError(f"reduction={reduction!r} is unknown. Allowed: sum, none.")
         return _linear_cross_entropy(x, self.weight.to(x.dtype), targets, reduction)
 
 

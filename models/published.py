@@ -70,7 +70,7 @@ def model_config_from_published(fields: dict[str, Any], name: str = "imported") 
     Raises:
         ValueError: names a field that is missing, or has a value that this architecture does not know.
     """
-    missing = [field for field in SIZES if not isinstance(fields.get(field), int)]
+    missing = [field for field in SIZES if type(fields.get(field)) is not int]
     if missing:
         raise ValueError(f"{', '.join(missing)} must be given, each a whole number.")
     settings = {ours: fields[field] for field, ours in SIZES.items()}

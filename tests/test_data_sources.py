@@ -90,6 +90,7 @@ def test_fingerprint_follows_the_files(tmp_path):
         ("a.jsonl", b'{"text": "ok"}\n{"text": \n', r"a\.jsonl:2 is not valid JSON"),
         ("a.jsonl", b'{"body": "ok"}\n', r"a\.jsonl:1 has no text in the field 'text': set data\.text_field"),
         ("a.jsonl", b'["text"]\n', r"a\.jsonl:1 has no text"),
+        ("a.jsonl", b'{"text": null}\n', r"a\.jsonl:1 is null in the field 'text': leave such rows out"),
         ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1 has no text"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1 holds half a surrogate pair"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is not valid JSON"),
@@ -159,6 +160,13 @@ def test_a_file_named_by_itself_is_text_whatever_its_name(tmp_path):
 def test_other_formats_are_not_taken_for_plain_text(name, tmp_path):
     (tmp_path / name).write_text("{}")
     with pytest.raises(DataError, match=r"Name it \.jsonl if each line is a JSON object"):
+        read_texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.TGZ", "a.zip", "a.txt.bz2"])
+def test_archives_are_not_taken_for_plain_text(name, tmp_path):
+    (tmp_path / name).write_bytes(b"text")
+    with pytest.raises(DataError, match=r"archives are not opened: unpack it and name the folder"):
         read_texts(tmp_path / name)
 
 

@@ -522,6 +522,8 @@ def refusal(published: Published) -> str:
         ({"bias": True}, ["config.json", "bias=true"]),
         ({"linear_use_lrpe_list": [0, 1]}, ["config.json", "linear_use_lrpe_list=[0, 1]"]),
         ({"decoder_layers": "2"}, ["config.json", "decoder_layers"]),
+        ({"decoder_attention_heads": True}, ["config.json", "decoder_attention_heads"]),
+        ({"softmax_every": True}, ["config.json", "softmax_every='True' must be of type int"]),
         ({"dropout": "x"}, ["config.json"]),
         ({"torch_dtype": "int8"}, ["config.json", "int8"]),
         ({"decoder_layers": 3, "linear_use_lrpe_list": [1, 0, 0]}, ["layers.2", "is missing"]),
@@ -575,6 +577,14 @@ def test_links_and_paths_are_not_followed(published, tmp_path_factory):
     (published.path / "model.safetensors").unlink()
     published.write_index(dict.fromkeys(published.weights, f"../{outside.parent.name}/model.safetensors"))
     assert "only plain names" in refusal(published)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused(published, dtype):
+    name = "model.layers.1.channel_mixer.l1.weight"
+    published.weights[name] = published.weights[name].to(dtype)
+    text = refusal(published.write())
+    assert f"{name} is stored as {str(dtype).removeprefix('torch.')}; allowed are float32" in text
 
 
 def test_an_index_that_does_not_fit_is_refused(published):

@@ -188,6 +188,13 @@ def test_the_loss_is_not_cast_by_autocast():
     assert torch.equal(loss, head(x, targets))
 
 
+def test_an_unknown_reduction_is_refused():
+    model = TransNormer(make_config())
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"reduction='mean' is unknown\. Allowed: sum, none"):
+        model(tokens, targets=tokens, reduction="mean")
+
+
 def test_lrpe_scores_depend_on_the_distance_only():
     lrpe = LRPE(make_config())
     with torch.no_grad():

@@ -65,6 +65,7 @@ MIXER = "model.layers.0.token_mixer."
 # code that published folders and our exports bring along; we have our own of it
 KNOWN_CODE = re.compile(r"(configuration|modeling)_transnormer\.\w+")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED_DTYPES = {*DTYPES.values(), torch.float64}  # of tensors; others are codes of a quantised model
 
 
 @dataclass(slots=True)
@@ -95,6 +96,13 @@ class ModelFolder:
             with safe_open(file, framework="pt") as tensors:
                 names = [name for name, holder in self.files.items() if holder == file]
                 weights |= {name: tensors.get_tensor(name) for name in names}
+        for name, tensor in weights.items():
+            if tensor.dtype not in STORED_DTYPES:
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise CheckpointError(
+                    f"{self.files[name]}: {name} is stored as {dtype}; allowed are float32, bfloat16, float16, "
+                    "float64. Convert a quantised model back first."
+                )
         if self.config.gate == "low_rank":
             weights = _name_low_rank_gate(weights, self.config, self.path)
         head = weights.get("lm_head.weight")
