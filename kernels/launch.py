@@ -89,7 +89,7 @@ def choose_launch(dtype: torch.dtype, head_dim: int, device: torch.device) -> La
         table = _FP32
     elif device.type == "cuda":
         table = _TABLES.get(torch.cuda.get_device_capability(device), _ADA)
-    changes = {} if dtype == torch.bfloat16 else {"split_weights": False}
+    changes: dict[str, Any] = {} if dtype == torch.bfloat16 else {"split_weights": False}
     changes |= {name: value for name, value in _forced.items() if name not in ("segments", "parts")}
     return replace(table[max(64, padded(head_dim))], **changes)
 

@@ -13,9 +13,9 @@ def torch_cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) ->
     scored = targets != IGNORED
     index = targets.clamp_min(0)[:, None]
     log_probabilities = logits.float().log_softmax(-1)
-    losses = -log_probabilities.gather(1, index)[:, 0] * scored
+    losses = torch.where(scored, -log_probabilities.gather(1, index)[:, 0], 0.0)
     if with_gradient:
         gradient = log_probabilities.exp_()
         gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
-        logits.copy_(gradient * scored[:, None])
+        logits.copy_(torch.where(scored[:, None], gradient, 0.0))
     return losses

@@ -37,12 +37,12 @@ def cross_entropy_kernel(
 
     if GRADIENT:
         tl.debug_barrier()  # the target's logit is read before it is overwritten
-        weight = tl.where(scored, 1.0, 0.0)
         for start in range(0, V, BLOCK):
             mask = start + o_v < V
             x = tl.load(row + start + o_v, mask=mask, other=float("-inf")).to(tl.float32)
             gradient = tl.exp(x - log_total) - tl.where(start + o_v == target, 1.0, 0.0)
-            tl.store(row + start + o_v, (gradient * weight).to(logits.dtype.element_ty), mask=mask)
+            gradient = tl.where(scored, gradient, 0.0)
+            tl.store(row + start + o_v, gradient.to(logits.dtype.element_ty), mask=mask)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:

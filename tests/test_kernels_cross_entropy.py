@@ -47,6 +47,16 @@ def test_logits_of_minus_infinity(name):
     assert logits[0, 8499:8502].tolist() == pytest.approx([0.0, -0.7310586, 0.7310586])
 
 
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("value", [float("-inf"), float("inf"), float("nan")])
+def test_rows_that_are_not_scored_count_nothing_whatever_they_hold(name, value):
+    logits = torch.zeros(2, 4, device=DEVICE)
+    logits[0, 0] = value
+    losses = implementations()[name](logits, torch.tensor([-100, 1], device=DEVICE), with_gradient=True)
+    assert losses.tolist() == pytest.approx([0.0, 1.3862944])
+    assert logits.flatten().tolist() == pytest.approx([0, 0, 0, 0, 0.25, -0.75, 0.25, 0.25])
+
+
 @pytest.mark.gpu
 def test_bf16_logits_of_a_real_size():
     torch.manual_seed(0)
