@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from models.config import ModelConfig
+from training import plots
 from training.config import TrainConfig, compose, flatten, load_saved_config, override, save_config
 from training.errors import SettingError
 from training.report import fenced, write_run_report
@@ -78,6 +79,32 @@ def test_the_final_training_loss_is_the_mean_of_the_last_tenth(tmp_path):
     write_run_report(folder)
     row = "| training loss, mean of 3 logged steps from 280 on | 29.0000 nats per token |"
     assert row in folder.report.read_text()
+
+
+def test_evaluations_of_different_kinds_are_lines_of_their_own(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "run")
+    file = folder.evaluations / "step_00000003-text.json"
+    evaluation = json.loads(file.read_text())
+    (result,) = evaluation["results"]
+    kinds = ({"precision": "fp32"}, {"max_tokens": 5}, {"window": "strided", "stride": 8})
+    evaluation["results"] = [result, *(result | kind for kind in kinds), result | {"seq_len": 128}]
+    file.write_text(json.dumps(evaluation))
+    drawn = {}
+    monkeypatch.setattr(plots, "plot_perplexity_by_length", lambda _, lines: drawn.update(by_length=lines))
+    monkeypatch.setattr(plots, "plot_perplexity_over_tokens", lambda _, lines: drawn.update(over=lines))
+    write_run_report(folder)
+    labels = {label: lengths for label, lengths, _ in drawn["by_length"]}
+    text = "step 3 on some|text, "
+    assert labels == {
+        f"{text}disjoint bf16": [64, 128],
+        f"{text}disjoint fp32": [64],
+        f"{text}disjoint max_tokens=5 bf16": [64],
+        f"{text}strided stride=8 bf16": [64],
+    }
+    assert dict((label, tokens) for label, tokens, _ in drawn["over"])["some|text, disjoint bf16 64"] == [
+        128,
+        192,
+    ]
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "samples.jsonl", "eval"])

@@ -184,12 +184,13 @@ def draw_evaluations(
     folder: RunFolder, evaluations: list[dict[str, Any]], trained_seq_len: int | None
 ) -> list[Path]:
     """Plot evaluations by length and position (the last checkpoint of each data) and over tokens."""
+    precisions = {result.get("precision") for evaluation in evaluations for result in evaluation["results"]}
     newest = list({evaluation["data"]: evaluation for evaluation in evaluations}.values())
     by_length: dict[str, list[tuple[float, float]]] = {}
     by_position: list[plots.Line] = []
     for evaluation in newest:
         for result in evaluation["results"]:
-            label = f"{_checkpoint(evaluation)} on {evaluation['data']}, {result['window']}"
+            label = f"{_checkpoint(evaluation)} on {evaluation['data']}, {_kind(result, precisions)}"
             if result["perplexity"] is not None:
                 by_length.setdefault(label, []).append((result["seq_len"], result["perplexity"]))
             positions = [(max(2 * first, 1), loss) for first, _, loss in result.get("loss_by_position", [])]
@@ -198,7 +199,7 @@ def draw_evaluations(
     for evaluation in evaluations:
         for result in evaluation["results"]:
             if None not in (evaluation["training_tokens"], result["perplexity"]):
-                label = f"{evaluation['data']}, {result['window']} {result['seq_len']}"
+                label = f"{evaluation['data']}, {_kind(result, precisions)} {result['seq_len']}"
                 over_tokens.setdefault(label, []).append(
                     (evaluation["training_tokens"], result["perplexity"])
                 )
@@ -208,11 +209,28 @@ def draw_evaluations(
         lines = [(label, *_columns(points)) for label, points in by_length.items()]
         plots.plot_perplexity_by_length(drawn[0], lines)
         plots.plot_loss_by_position(drawn[1], by_position, trained_seq_len)
-    if any(len(points) > 1 for points in over_tokens.values()):
+    if any(len({tokens for tokens, _ in points}) > 1 for points in over_tokens.values()):
         drawn.append(folder.plots / "perplexity_over_tokens.png")
         lines = [(label, *_columns(points)) for label, points in over_tokens.items()]
         plots.plot_perplexity_over_tokens(drawn[-1], lines)
     return drawn
+
+
+def _kind(result: dict[str, Any], precisions: set[str | None]) -> str:
+    """How a result was scored, the precision if there are several: those of one kind make up a line."""
+    words = [_window(result)]
+    if result.get("max_tokens"):
+        words.append(f"max_tokens={result['max_tokens']}")
+    if len(precisions) > 1 and result.get("precision"):
+        words.append(result["precision"])
+    return " ".join(words)
+
+
+def _window(result: dict[str, Any]) -> str:
+    """The rule, and the stride where it is not the default's half of the length."""
+    stride = result.get("stride")
+    is_default = stride in (None, max(result["seq_len"] // 2, 1))
+    return result["window"] if is_default else f"{result['window']} stride={stride}"
 
 
 def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -328,7 +346,7 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
                 _checkpoint(evaluation),
                 str(evaluation["data"]),
                 str(result["seq_len"]),
-                result["window"],
+                _window(result),
                 result.get("precision", "–"),
                 f"{result['tokens']:,}",
                 f"{result['loss']:.4f}",
