@@ -41,6 +41,7 @@ from training.metrics import peak_flops, peak_memory_gib
 from training.optimizer import parameter_groups
 from training.tables import csv_text, markdown_table
 
+MODELS = ("tnl-385m", "tnl-1b", "llama-385m", "llama-1b")
 WAYS = ("engine", "loop", "fla", "plain")
 LOSS_CHUNK_TOKENS = 8192  # of plain's loss
 COLUMNS = (
@@ -62,7 +63,7 @@ COLUMNS = (
 class TrainingBenchmarkConfig:
     """What to time. `settings` are further settings of train.py for every point."""
 
-    models: list[str] = field(default_factory=lambda: ["tnl-385m", "tnl-1b", "llama-385m", "llama-1b"])
+    models: list[str] = field(default_factory=lambda: list(MODELS))
     ways: list[str] = field(default_factory=lambda: ["engine"])
     seq_lens: list[int] = field(default_factory=lambda: [2048, 8192, 32768])
     tokens: int = 65536  # per step
@@ -103,11 +104,17 @@ def main(config: TrainingBenchmarkConfig) -> int:
         return 0
     for model in config.models:
         train_config(config, model, config.seq_lens[0])
+    if config.models == list(MODELS) and not torch.cuda.is_available():
+        raise SettingError(
+            f"models={list(MODELS)} need a GPU, and there is none here: give small ones, as "
+            "models=[tnl-tiny] seq_lens=[512] tokens=2048."
+        )
     rows = []
     for seq_len in config.seq_lens:
         for model in config.models:
             for way in config.ways:
                 point = {"model": model, "way": way, "seq_len": seq_len}
+                print(f"{model}, {way}, seq_len {seq_len:,} …", file=sys.stderr, flush=True)
                 rows.append(run_point(point, config.limit_seconds))
                 values = [_format(rows[-1].get(column)) for column in (*COLUMNS, "error")]
                 print("  ".join(filter(None, values)), flush=True)

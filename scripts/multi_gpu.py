@@ -37,7 +37,7 @@ class MultiGpuConfig:
     """What to run, and on how many GPUs."""
 
     run_dir: str = "outputs/multi_gpu"
-    num_gpus: int | None = None  # the most to use; null: all that are free, or two ranks on a CPU
+    num_gpus: int | None = None  # the most to use; null: all that are free. On a CPU: ranks
     models: list[str] = field(default_factory=lambda: ["tnl-385m", "tnl-1b"])  # as sweep.models
     engines: list[str] = field(default_factory=lambda: ["zero0", "zero1", "zero2", "zero3"])
     reference_engine: str = "zero1"  # of the runs on one GPU
@@ -104,7 +104,7 @@ def main(config: MultiGpuConfig) -> int:
 def _num_free() -> int:
     devices = free_devices()
     if devices[0].id is None:
-        return 2
+        raise SettingError("there is no GPU here: give num_gpus=2 to rehearse on CPU ranks, as --help shows.")
     if len(devices) < 2:
         raise SettingError(f"{len(devices)} GPU is free here, and this needs at least 2.")
     return len(devices)

@@ -143,6 +143,10 @@ def test_a_points_own_settings_come_last():
 def test_micro_steps_can_hold_the_same_tokens_at_every_length():
     points = expand(definition(seq_lens=[32, 128, 256], batch_tokens=256, micro_tokens=128))
     assert [point.config.micro_batch_size for point in points] == [4, 1, 1]
+    whole = expand(definition(seq_lens=[32, 128], batch_tokens=256, micro_tokens=131072, num_gpus=2))
+    assert [point.config.micro_batch_size for point in whole] == [4, 1]  # a rank's step is less
+    with pytest.raises(SettingError, match=r"sweep\.micro_tokens=96 .*the 8 sequences of a rank's step"):
+        expand(definition(seq_lens=[32], batch_tokens=256, micro_tokens=96))
 
 
 def test_evaluation_and_saving_are_off_unless_asked_for():

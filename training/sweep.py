@@ -157,14 +157,21 @@ def _point(sweep: SweepDefinition, label: str, seq_len: int, crossed: list[str],
         "overwrite": "false" if sweep.save_every else "true",
     }
     if sweep.micro_tokens is not None:
-        settings["micro_batch_size"] = str(max(1, sweep.micro_tokens // seq_len))
+        tokens = min(sweep.micro_tokens, sweep.batch_tokens // sweep.num_gpus)
+        settings["micro_batch_size"] = str(max(1, tokens // seq_len))
     settings |= dict(setting.split("=", 1) for setting in chosen if "=" in setting)
     arguments = [f"{key}={value}" for key, value in settings.items()]
     arguments += [setting for setting in chosen if "=" not in setting]  # refused below, by name
     name = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join([label, *crossed, f"seq_len={seq_len}"]))
     try:
         config = compose(TrainConfig, arguments, "train")
-        sequences_per_rank(config, sweep.num_gpus)
+        per_rank = sequences_per_rank(config, sweep.num_gpus)
+        if config.micro_batch_size != "auto" and per_rank % config.micro_batch_size:
+            raise SettingError(
+                f"micro_batch_size={config.micro_batch_size}, of sweep.micro_tokens={sweep.micro_tokens} or "
+                f"sweep.settings, does not divide the {per_rank} sequences of a rank's step: choose another, "
+                "or null."
+            )
     except USER_ERRORS as error:
         raise SettingError(f"sweep point {name}: {error}") from None
     return Point(name, label, seq_len, dict(setting.split("=", 1) for setting in crossed), arguments, config)

@@ -111,11 +111,13 @@ class Line:
     """One line of the tables and plots: a model with its own and crossed settings.
 
     Attributes:
+        others: the crossed settings beside the axis, as key=value.
         rows: rows of results.csv by their place on the axis.
     """
 
     label: str
     model: ModelConfig
+    others: list[str]
     rows: dict[Any, dict]
 
     def values(self, key: str) -> dict[Any, float]:
@@ -143,7 +145,7 @@ class Grid:
         for point, row in zip(points, rows, strict=True):
             others = [f"{key}={value}" for key, value in point.crossed.items() if key != self.axis]
             label = " ".join([point.label, *others])
-            lines.setdefault(label, Line(label, point.config.model, {})).rows[row[self.axis]] = row
+            lines.setdefault(label, Line(label, point.config.model, others, {})).rows[row[self.axis]] = row
         self.lines = list(lines.values())
 
     @property
@@ -185,7 +187,12 @@ def table(sweep: SweepDefinition, grid: Grid, rows: list[dict]) -> str:
         "## Plots",
         "\n".join(f"![{title}](plots/{name}.png)" for name, (_, title) in grid.plots().items()),
     ]
-    errors = [f"- {row['model']}, seq_len {row['seq_len']}: {row['error']}" for row in rows if row["error"]]
+    errors = [
+        f"- {line.label}, {grid.axis} {place}: {row['error']}"
+        for line in grid.lines
+        for place, row in line.rows.items()
+        if row["error"]
+    ]
     if errors:
         parts += ["## Points that did not finish", "\n".join(errors)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -246,7 +253,7 @@ def _crossovers(grid: Grid) -> str:
             if (ours.model.attention, theirs.model.attention) != ("lightning", "softmax"):
                 continue
             sizes = sorted(_body_parameters(line.model) for line in (ours, theirs))
-            if sizes[1] <= SAME_SIZE * sizes[0]:
+            if ours.others == theirs.others and sizes[1] <= SAME_SIZE * sizes[0]:
                 sentences.append(f"- {ours.label} against {theirs.label}: {_crossover(ours, theirs)}")
     return "\n".join(["Crossover of speeds:", "", *sentences]) if sentences else ""
 
