@@ -101,10 +101,8 @@ def test_evaluations_of_different_kinds_are_lines_of_their_own(tmp_path, monkeyp
         f"{text}disjoint max_tokens=5 bf16": [64],
         f"{text}strided stride=8 bf16": [64],
     }
-    assert dict((label, tokens) for label, tokens, _ in drawn["over"])["some|text, disjoint bf16 64"] == [
-        128,
-        192,
-    ]
+    over_tokens = {label: tokens for label, tokens, _ in drawn["over"]}
+    assert over_tokens["some|text, disjoint bf16 64"] == [128, 192]
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "samples.jsonl", "eval"])

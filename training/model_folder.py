@@ -100,8 +100,8 @@ class ModelFolder:
             if tensor.dtype not in STORED_DTYPES:
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 raise CheckpointError(
-                    f"{self.files[name]}: {name} is stored as {dtype}; allowed are float32, bfloat16, float16, "
-                    "float64. Convert a quantised model back first."
+                    f"{self.files[name]}: {name} is stored as {dtype}; allowed are float32, "
+                    "bfloat16, float16, float64. Convert a quantised model back first."
                 )
         if self.config.gate == "low_rank":
             weights = _name_low_rank_gate(weights, self.config, self.path)
