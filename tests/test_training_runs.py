@@ -43,7 +43,7 @@ def test_stages_give_the_same_losses(stage, text, reference, tmp_path):
     result = run(["train.py", *arguments], num_ranks=2)
     assert result.returncode == 0, result.stderr
     losses = [loss for loss, _ in curve(tmp_path / "run")]
-    assert losses == [loss for loss, _ in curve(reference)]
+    assert losses == pytest.approx([loss for loss, _ in curve(reference)], abs=1e-6)
     assert losses[-1] < losses[0] - 0.05
 
 
