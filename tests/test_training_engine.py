@@ -10,6 +10,7 @@ from models.transnormer import TransNormer
 from training import distributed
 from training.config import TrainConfig, compose
 from training.engine import Engine, compile_for_any_documents
+from training.memory import state_parts
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,28 @@ def test_stages_take_the_same_steps_bit_for_bit(form, world):
         engine.close()
     for other in masters[1:]:
         assert [name for name, value in masters[0].items() if not torch.equal(value, other[name])] == []
+
+
+def test_the_plan_counts_the_gradients_that_deepspeed_holds(world):
+    """Bytes of gradients and of fp32 sums where a first and a second backward pass of a step begin."""
+    sizes = ["model.vocab_size=64", "model.num_layers=1", "model.hidden_size=32", "model.glu_size=48"]
+    config = compose(TrainConfig, [*sizes, "engine=zero1", "engine.precision=bf16"], "train")
+    engine = Engine(TransNormer(config.model), config, world, accumulation_steps=2, micro_batch_size=2)
+    found = []
+
+    def look(*_) -> None:
+        gradients = [p.grad for p in engine.model.parameters() if p.grad is not None]
+        sums = engine.deepspeed.optimizer.fp32_groups_gradients_flat
+        found.append([sum(x.numel() * x.element_size() for x in tensors) for tensors in (gradients, sums)])
+
+    engine.model.model.final_norm.register_forward_hook(look)
+    batch = Batch(torch.arange(16).reshape(2, 8), torch.arange(16).reshape(2, 8), None)
+    for _ in range(2):
+        engine.train_step([batch, batch], 32, 0.001)
+    engine.close()
+    for index, held in enumerate(found):
+        parts = state_parts(config, 1, with_sums=index % 2 == 1)
+        assert held == pytest.approx([parts["gradients"], parts["fp32 gradient sums"]], rel=0.01)
 
 
 def test_a_step_without_targets_changes_nothing(world):
