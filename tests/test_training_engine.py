@@ -13,7 +13,7 @@ from training.engine import Engine, compile_for_any_documents
 from training.memory import state_parts
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def world():
     """A group of one. It says so in the environment, where processes of later tests would find it."""
     before = dict(os.environ)

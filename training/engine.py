@@ -398,8 +398,11 @@ class Engine:
                 module.theta_fp32 = safe_get_full_fp32_param(module.theta).view(module.shape)
 
     def close(self) -> None:
-        """Free DeepSpeed's hooks and buffers."""
+        """Free DeepSpeed's hooks and buffers, and its hold on this process group: a later one may differ."""
+        import deepspeed
+
         self.deepspeed.destroy()
+        deepspeed.utils.groups._WORLD_GROUP = None
 
 
 def _use_fp8(model: TransNormer, device: torch.device) -> None:
