@@ -8,8 +8,25 @@ import os
 import pytest
 import torch
 
+from training import distributed
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    """One of an earlier test's, or its launcher's variables, would fail whichever tests follow it."""
+    yield
+    assert not torch.distributed.is_initialized()
+    assert "RANK" not in os.environ
+
+
+@pytest.fixture
+def world():
+    """A group of one."""
+    yield distributed.start(timeout_minutes=5)
+    distributed.stop()
 
 
 @pytest.fixture

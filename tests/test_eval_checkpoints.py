@@ -35,11 +35,8 @@ def text_of(num_words: int, seed: int = 0) -> str:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty working folder whose caches are its own; one thread a process."""
+    """An empty working folder whose caches are its own."""
     monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # registered, so that what `distributed.start` sets is undone
-        monkeypatch.delenv(name)
     return tmp_path
 
 

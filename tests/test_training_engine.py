@@ -1,26 +1,13 @@
 """What the engine does beside DeepSpeed: compiled blocks, clipped gradients."""
 
-import os
-
 import pytest
 import torch
 
 from data.loader import Batch
 from models.transnormer import TransNormer
-from training import distributed
 from training.config import TrainConfig, compose
 from training.engine import Engine, compile_for_any_documents
 from training.memory import state_parts
-
-
-@pytest.fixture
-def world():
-    """A group of one. It says so in the environment, where processes of later tests would find it."""
-    before = dict(os.environ)
-    yield distributed.start(5)
-    distributed.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def test_blocks_compile_once_for_any_number_of_documents():

@@ -5,19 +5,12 @@ import torch
 
 from data.loader import Batch
 from models.transnormer import TransNormer
-from training import distributed
 from training.config import TrainConfig, compose
 from training.engine import Engine
 
 pytestmark = pytest.mark.gpu
 
 SETTINGS = ("model=tnl-tiny", "model.vocab_size=8192", "seq_len=1024", "batch_tokens=8192")
-
-
-@pytest.fixture(scope="module")
-def world():
-    yield distributed.start(timeout_minutes=5)
-    distributed.stop()
 
 
 def text_like_batch() -> Batch:

@@ -24,6 +24,7 @@ JOIN_SECONDS = 50.0  # a rank that comes later than this after another ends the 
 JOIN_POLL_SECONDS = 0.1
 T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_set_here: list[str] = []  # the variables that `start` has set in place of a launcher
 
 
 def check_launcher() -> None:
@@ -125,6 +126,8 @@ class World:
 def start(timeout_minutes: float, join_seconds: float = JOIN_SECONDS) -> World:
     """Join the process group that the launcher describes, or form a group of one.
 
+    A group of one is described in the environment too, where DeepSpeed looks, until `stop`.
+
     Args:
         timeout_minutes: how long a collective may take before the run ends.
         join_seconds: how long to wait for the other ranks before saying which are missing and leaving.
@@ -133,6 +136,7 @@ def start(timeout_minutes: float, join_seconds: float = JOIN_SECONDS) -> World:
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(free_port())
+        _set_here.extend(LAUNCHER_VARIABLES)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -204,9 +208,11 @@ def _leave(reason: str) -> NoReturn:
 
 
 def stop() -> None:
-    """Leave the process group, if one was joined."""
+    """Leave the process group, if one was joined, and give the environment back."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _set_here:
+        os.environ.pop(_set_here.pop(), None)
 
 
 def free_port() -> int:
