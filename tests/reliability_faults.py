@@ -155,8 +155,8 @@ def mark_joining(marker: str) -> None:
     before(distributed, "start", Path(marker).touch)
 
 
-def kill_at_write(count: int) -> None:
-    """kill -9 this process before its `count`-th action on the run's files (writes, renames, removals)."""
+def _die_at(count: int) -> Callable[[], None]:
+    """Something to call, which kills this process (SIGKILL) at the `count`-th call."""
     left = [count]
 
     def act() -> None:
@@ -164,6 +164,17 @@ def kill_at_write(count: int) -> None:
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    return act
+
+
+def kill_in_save(count: int) -> None:
+    """kill -9 this process inside its `count`-th save, where it would write tensors."""
+    before(checkpoint, "save_file", _die_at(count))
+
+
+def kill_at_write(count: int) -> None:
+    """kill -9 this process before its `count`-th action on the run's files (writes, renames, removals)."""
+    act = _die_at(count)
     for owner, name in (
         (os, "fsync"),
         (os, "replace"),

@@ -81,10 +81,10 @@ def test_ten_stops_at_any_step(stage, num_ranks, accumulation, text, whole, tmp_
     stop_and_go_on(text, tmp_path / "run", reference, stage, num_ranks, micro_batch_size, stops)
 
 
-def kill_while_writing(text, run_dir: Path, shape, victim: int, count: int) -> None:
-    """One start, and kill -9 of one rank before its `count`-th write."""
+def kill_while_writing(text, run_dir: Path, shape, victim: int, fault: str, count: int) -> None:
+    """One start, and kill -9 of one rank at its `count`-th write or save, as `fault` says."""
     faults = {rank: [("impatient",)] for rank in range(2)}
-    faults[victim].append(("kill_at_write", count))
+    faults[victim].append((fault, count))
     ranks = train(text, run_dir, *shape, num_ranks=2, faults=faults)
     codes = ranks.wait(60)
     assert codes[victim] == -signal.SIGKILL, codes
@@ -109,8 +109,8 @@ def is_inside_a_save(run_dir: Path) -> bool:
 
 def test_kills_inside_saves_lose_nothing(text, whole, tmp_path):
     run_dir, step, inside = tmp_path / "run", 0, 0
-    for victim, count in ((0, 23), (0, 41), (1, 7)):
-        kill_while_writing(text, run_dir, SHAPE, victim, count)
+    for victim, fault, count in ((0, "kill_at_write", 23), (0, "kill_in_save", 3), (1, "kill_at_write", 7)):
+        kill_while_writing(text, run_dir, SHAPE, victim, fault, count)
         step = assert_resumable(run_dir, step)
         inside += is_inside_a_save(run_dir)
     assert inside >= 1
@@ -130,7 +130,8 @@ def test_fifty_kills(text, tmp_path, record_property):
     numbers.shuffle(kills)
     for victim, victims in kills:
         if victims is None:
-            kill_while_writing(text, run_dir, shape, victim, numbers.randint(8, 80) if victim == 0 else 7)
+            count = numbers.randint(8, 80) if victim == 0 else 7
+            kill_while_writing(text, run_dir, shape, victim, "kill_at_write", count)
         else:
             kill_at_some_time(text, run_dir, shape, victims, numbers.uniform(0, 2.5))
         step = assert_resumable(run_dir, step)
