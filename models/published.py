@@ -33,7 +33,7 @@ SHARED = (
     "dropout",
 )
 NORMS = {"simplermsnorm": "srmsnorm", "rmsnorm": "rmsnorm", "layernorm": "layernorm"}
-ACTIVATIONS = {"silu": "silu", "none": "none"}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "none": "none"}  # swish is silu by its older name
 FIELDS = (
     *SIZES,
     *SHARED,

@@ -384,7 +384,7 @@ PUBLISHED = {
     "norm_type": "simplermsnorm",
     "linear_use_lrpe_list": [1, 0],
     "hidden_dim": 32,
-    "linear_act_fun": "silu",
+    "linear_act_fun": "swish",
     "glu_dim": 48,
     "bias": False,
     "torch_dtype": "bfloat16",
@@ -559,12 +559,55 @@ def test_an_unknown_gate_is_refused_with_the_list(published):
     assert "mystery_proj.weight (128, 32)" in refusal(published.write())
 
 
-def test_pickles_are_never_loaded(published):
-    published.write()
-    (published.path / "model.safetensors").unlink()
-    (published.path / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}))
-    assert "pytorch_model.bin is a pickle" in refusal(published)
-    (published.path / "pytorch_model.bin").rename(published.path / "model.safetensors")
+def pickle_weights(published: Published, weights: dict) -> Path:
+    file = published.path / "pytorch_model.bin"
+    (published.path / "model.safetensors").unlink(missing_ok=True)
+    torch.save(weights, file)
+    return file
+
+
+def test_older_folders_hold_pickled_tensors(published):
+    pickle_weights(published.write(), published.weights)
+    loaded = take_in(published)
+    weights = loaded.state_dict()
+    assert all(
+        torch.equal(weights[name], tensor.to(weights[name].dtype))
+        for name, tensor in published.weights.items()
+    )
+
+
+def test_pickled_tensors_may_be_in_parts(published):
+    file = pickle_weights(published.write(), published.weights)
+    names = sorted(published.weights)
+    parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for part, held in parts.items():
+        torch.save({name: published.weights[name] for name in held}, published.path / part)
+    file.unlink()
+    weight_map = {name: part for part, held in parts.items() for name in held}
+    (published.path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    take_in(published)
+
+
+class Command:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_of_a_pickle_only_tensors_are_made(published):
+    file = pickle_weights(
+        published.write(), published.weights | {"more": Command(published.path / "executed")}
+    )
+    assert "holds other objects than tensors" in refusal(published)
+    torch.save({"a": 1}, file)
+    assert "a is no tensor" in refusal(published)
+    torch.save([torch.ones(2)], file)
+    assert "must hold a dictionary of tensors, not list" in refusal(published)
+    file.write_bytes(pickle.dumps({"a": 1}))
+    assert "is damaged, or not what torch.save has written" in refusal(published)
+    file.rename(published.path / "model.safetensors")
     assert "model.safetensors is not a safetensors file" in refusal(published)
 
 

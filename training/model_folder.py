@@ -1,11 +1,13 @@
 """A model's folder in the published layout: a checkpoint from elsewhere, an import, or an export.
 
 config.json                     the fields of models/published.py, and transformers' own
-model.safetensors               or model-00001-of-00002.safetensors … with model.safetensors.index.json
+model.safetensors               or model-00001-of-00002.safetensors … with model.safetensors.index.json; in an
+                                older folder pytorch_model.bin, or its parts with pytorch_model.bin.index.json
 tokenizer.model, tokenizer.json … as data/tokenizer.py reads them; an export has both
 modeling_transnormer.py         for transformers; never read by us
 
-Everything read is checked first: no link is followed, nothing is unpickled or executed.
+Everything read is checked first: no link is followed, nothing is executed, and of a pickle nothing but
+tensors is made (torch.load's weights_only).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -43,6 +46,7 @@ from models.transnormer import TransNormer
 from training.checkpoint import CheckpointError, write_safetensors
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 JSON_LIMIT_BYTES = 64 * 2**20
 SHARD_BYTES = 5 * 10**9
 METADATA = {"format": "pt"}  # of the weights, for transformers
@@ -73,7 +77,7 @@ class ModelFolder:
     """A folder whose config.json and tensor names have been read and checked.
 
     Attributes:
-        files: tensor name to the safetensors file that holds it.
+        files: tensor name to the file that holds it.
         dtype: of the stored weights, as config.json says ("float32" if it does not).
     """
 
@@ -93,7 +97,7 @@ class ModelFolder:
         """Parameters by the model's own names, in their stored dtype; a tied head is left out."""
         weights: dict[str, Tensor] = {}
         for file in sorted(set(self.files.values())):
-            with safe_open(file, framework="pt") as tensors:
+            with _open_tensors(file) as tensors:
                 names = [name for name, holder in self.files.items() if holder == file]
                 weights |= {name: tensors.get_tensor(name) for name in names}
         for name, tensor in weights.items():
@@ -171,17 +175,15 @@ def _check_fields(fields: dict[str, Any], where: Path) -> None:
 def _tensor_files(path: Path) -> dict[str, Path]:
     """Each tensor's name and file, from the index or the only file."""
     weight_map = None
-    if (path / INDEX).exists():
-        weight_map = read_json_object(path / INDEX, JSON_LIMIT_BYTES).get("weight_map")
+    first = next((name for name in (INDEX, WEIGHTS, PICKLED_INDEX, PICKLED) if (path / name).exists()), None)
+    if first is None:
+        raise CheckpointError(f"{path} holds none of {WEIGHTS}, {INDEX}, {PICKLED}, {PICKLED_INDEX}.")
+    names = [first]
+    if first in (INDEX, PICKLED_INDEX):
+        weight_map = read_json_object(path / first, JSON_LIMIT_BYTES).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{path / INDEX}: has no weight_map.")
-        names = sorted({check_plain_name(name, str(path / INDEX)) for name in weight_map.values()})
-    elif (path / WEIGHTS).exists():
-        names = [WEIGHTS]
-    else:
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
-        found = f" {path / pickles[0]} is a pickle, which is never loaded: convert it." if pickles else ""
-        raise CheckpointError(f"{path} holds neither {WEIGHTS} nor {INDEX}.{found}")
+            raise CheckpointError(f"{path / first}: has no weight_map.")
+        names = sorted({check_plain_name(name, str(path / first)) for name in weight_map.values()})
     files: dict[str, Path] = {}
     for name in names:
         with _open_tensors(path / name) as tensors:
@@ -190,17 +192,47 @@ def _tensor_files(path: Path) -> dict[str, Path]:
         wrong = sorted(key for key in weight_map if files.get(key) != path / weight_map[key])
         wrong += sorted(set(files) - set(weight_map))
         if wrong:
-            raise CheckpointError(f"{path / INDEX} does not fit its files: {', '.join(wrong[:5])[:200]}.")
+            raise CheckpointError(f"{path / first} does not fit its files: {', '.join(wrong[:5])[:200]}.")
     return files
 
 
+class _Unpickled(dict[str, Tensor]):
+    """The tensors of a pickle, read as those of a safetensors file are."""
+
+    get_tensor = dict.__getitem__
+
+    def __enter__(self) -> _Unpickled:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
 def _open_tensors(file: Path):
-    """Open a safetensors file, which is no link and no pickle under another name."""
+    """Open a safetensors file, or a pickle that is called .bin; no link."""
     os.close(open_regular(file))
+    if file.suffix == ".bin":
+        return _unpickle(file)
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise CheckpointError(f"{file} is not a safetensors file ({error}).") from None
+
+
+def _unpickle(file: Path) -> _Unpickled:
+    """Map the tensors that `torch.save` wrote; whatever else is in the file is refused, and not run."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{file} holds other objects than tensors: they are not made.") from None
+    except (RuntimeError, EOFError, ValueError, TypeError, KeyError):
+        raise CheckpointError(f"{file} is damaged, or not what torch.save has written since 1.6.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a dictionary of tensors, not {type(content).__name__}.")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise CheckpointError(f"{file}: {str(name)[:80]} is no tensor.")
+    return _Unpickled(content)
 
 
 def _heads_are_equal(files: dict[str, Path]) -> bool:
@@ -219,7 +251,7 @@ def _shapes(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
     for file in set(files.values()):
         with _open_tensors(file) as tensors:
             names = [name for name, holder in files.items() if holder == file]
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+            shapes |= {name: tuple(tensors.get_tensor(name).shape) for name in names}
     return shapes
 
 
@@ -227,7 +259,7 @@ def _gate_of(path: Path, files: dict[str, Path], config: ModelConfig) -> dict[st
     """What kind of gate the tensors of layer 0 show, where config.json does not say it."""
     if MIXER + "qkvu_proj.weight" in files:
         return {}
-    shapes = {name: shape for name, shape in _shapes(files).items() if name.startswith(MIXER)}
+    shapes = _shapes({name: file for name, file in files.items() if name.startswith(MIXER)})
     narrow = [min(shape) for shape in shapes.values() if len(shape) == 2 and min(shape) < config.hidden_size]
     if len(narrow) == 2 and narrow[0] == narrow[1]:
         return {"gate": "low_rank", "gate_size": narrow[0]}
