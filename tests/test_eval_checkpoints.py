@@ -10,6 +10,7 @@ import torch
 from training_helpers import run
 
 from data.config import DataConfig, TokenizerConfig
+from data.errors import DataError
 from data.prepare import prepare, prepare_folder
 from data.tokenizer import ByteTokenizer
 from eval import with_implied_groups
@@ -365,3 +366,21 @@ def test_training_s_validation_eval_and_a_plain_loop_agree(folder):
     documents = [bytes((ids[1:-1] - 4).tolist()) for ids, _ in valid]
     plain = plain_loss(Path("run/checkpoints/step_00000003"), documents, 64)
     assert plain == pytest.approx(valid_loss, abs=1e-4)
+
+
+def test_a_model_on_a_disk_that_can_t_be_written_is_scored_all_the_same(folder, capsys, monkeypatch):
+    make_run(folder / "run")
+
+    def refuse(file: Path, content, world) -> None:
+        if file.parent.name == "eval":
+            raise DataError(f"{file.parent} can't be written (Read-only file system): choose another folder")
+        write(file, content, world)
+
+    write = module._write
+    monkeypatch.setattr(module, "_write", refuse)
+    with pytest.raises(SettingError, match=r"can't be written .* Or give output=FILE"):
+        score("checkpoint=run", "seq_lens=[16,32]")
+    assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[2:]] == ["16", "32"]
+    assert score("checkpoint=run", "seq_lens=[16,32]", "output=here.json") == 0
+    assert [result["seq_len"] for result in json.loads(Path("here.json").read_text())["results"]] == [16, 32]
+    assert "results are kept in here.json only" in capsys.readouterr().err

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data.config import DataConfig, TokenizerConfig
+from data.errors import DataError
 from data.files import explain_write_errors, write_atomically
 from training import distributed
 from training.config import load_saved_config, reader_may_leave
@@ -154,6 +155,7 @@ def _evaluate_one(
         "data_fingerprint": text.prepared.fingerprint,
         "results": results,
     }
+    not_kept = ""
     file, known = world.from_first(_known_results(saved, evaluation) if world.is_first else None)
     model = None
     for seq_len in config.seq_lens or [_default_length(saved, text)]:
@@ -168,8 +170,15 @@ def _evaluate_one(
                 problems.append(str(error))
                 continue
             known.append(result)
-            world.on_all(partial(_write, file, evaluation | {"results": known}, world))
+            try:
+                world.on_all(partial(_write, file, evaluation | {"results": known}, world))
+            except SettingError as error:  # a model on a read-only disk can be scored all the same
+                not_kept = str(error)
         results.append(result)
+    if not_kept and config.output is None:
+        problems.append(f"{not_kept} Or give output=FILE: then they are kept there.")
+    elif not_kept and world.is_first:
+        print(f"results are kept in {config.output} only: {not_kept}", file=sys.stderr)
     return evaluation, problems
 
 
@@ -302,7 +311,10 @@ def _show(config: EvalConfig, evaluations: list[Evaluation], world: World) -> No
         _write(Path(config.output), contents if len(contents) > 1 else contents[0], world)
     for home in homes.values():
         saved = load_saved_config(home.config) if home.config.exists() else {}
-        draw_evaluations(home, read_evaluations(home)[0], saved.get("seq_len"))
+        try:
+            draw_evaluations(home, read_evaluations(home)[0], saved.get("seq_len"))
+        except DataError as error:
+            print(f"no plots: {error}", file=sys.stderr)
 
 
 def aligned_table(columns: Iterable[str], rows: list[tuple[str, ...]]) -> str:
