@@ -75,3 +75,15 @@ def test_a_run_with_a_ramp_resumes_as_if_it_had_not_stopped(text, tmp_path):
     whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
     assert [line["tokens"] for line in whole.values()] == [64, 128, 256, 384, 640, 896]
     assert [line["loss"] for line in parts.values()] == [line["loss"] for line in whole.values()]
+
+
+@pytest.mark.slow
+def test_past_its_ramp_a_run_goes_on_on_more_ranks_than_the_first_step_s_sequences(text, tmp_path):
+    more = ["schedule.ramp_steps=2", "schedule.ramp_batch_tokens=32", "schedule.total_steps=4"]
+    for stop, num_ranks in ((3, 1), (4, 2)):
+        arguments = settings(
+            text, tmp_path / "run", *more, "seq_len=32", "micro_batch_size=1", f"max_steps={stop}"
+        )
+        result = run(["train.py", *arguments], num_ranks)
+        assert result.returncode == 0, result.stderr
+    assert list(lines(tmp_path / "run")) == [1, 2, 3, 4]

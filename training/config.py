@@ -227,17 +227,16 @@ class TrainConfig:
         """Sequences in one optimizer step over all ranks."""
         return self.batch_tokens // self.seq_len
 
-    @property
-    def sequences_of_first_step(self) -> int:
-        """Sequences in the first step, the smallest one: the schedule may let the batch grow."""
-        return (self.schedule.ramp_batch_tokens or self.batch_tokens) // self.seq_len
+    def sequences_of_step(self, step: int = 0) -> int:
+        """Sequences in that step (from 0), the fewest of it and all later ones: the batch may grow."""
+        first = self.schedule.ramp_batch_tokens
+        return ramped(self.schedule, first, self.batch_tokens, step) // self.seq_len
 
     @property
     def sequences_of_ramp(self) -> list[int]:
         """Sequences in each of the steps of the schedule's ramp."""
-        first, schedule = self.schedule.ramp_batch_tokens, self.schedule
-        steps = range(schedule.ramp_steps if first is not None else 0)
-        return [ramped(schedule, first, self.batch_tokens, step) // self.seq_len for step in steps]
+        has_ramp = self.schedule.ramp_batch_tokens is not None
+        return [self.sequences_of_step(step) for step in range(self.schedule.ramp_steps if has_ramp else 0)]
 
 
 def compose(schema: type, arguments: list[str], config_name: str | None = None):

@@ -196,21 +196,24 @@ def largest_micro_batch(config: TrainConfig, num_ranks: int, memory_bytes: float
     """Sequences of the largest micro-batch that fits in `memory_bytes`; 0 if not even one does."""
     fitting = [
         size
-        for size in divisors(config.sequences_of_first_step // num_ranks)
+        for size in divisors(config.sequences_of_step() // num_ranks)
         if sum(memory_parts(config, num_ranks, size).values()) <= USABLE_SHARE * memory_bytes
     ]
     return max(fitting, default=0)
 
 
 def resolve_micro_batch(
-    config: TrainConfig, world_size: int, device: torch.device, previous: int | None
+    config: TrainConfig, world_size: int, device: torch.device, previous: int | None, step: int = 0
 ) -> int:
     """Sequences per device and micro-step: the setting, `previous` (the run's before), or what fits.
+
+    Args:
+        step: the first to be taken (from 0).
 
     Raises:
         SettingError: the step's sequences can't be dealt out evenly.
     """
-    per_rank = sequences_per_rank(config, world_size)
+    per_rank = sequences_per_rank(config, world_size, step)
     if config.micro_batch_size != "auto":
         if per_rank % config.micro_batch_size:
             allowed = f"{', '.join(map(str, divisors(per_rank)))}, or auto"
@@ -230,15 +233,16 @@ def resolve_micro_batch(
     return max(size for size in divisors(per_rank) if size <= max(limit, 1))
 
 
-def sequences_per_rank(config: TrainConfig, num_ranks: int) -> int:
-    """Sequences of one rank's part of a step, of the first one where the batch grows.
+def sequences_per_rank(config: TrainConfig, num_ranks: int, step: int = 0) -> int:
+    """Sequences of one rank's part of a step (from 0); where the batch grows, later parts are multiples.
 
     Raises:
         SettingError: the step's sequences can't be dealt out evenly.
     """
-    sequences, schedule = config.sequences_of_first_step, config.schedule
+    sequences = config.sequences_of_step(step)
     if sequences % num_ranks:
-        key = "batch_tokens" if schedule.ramp_batch_tokens is None else "schedule.ramp_batch_tokens"
+        grows = sequences < config.sequences_per_step
+        key = "schedule.ramp_batch_tokens" if grows else "batch_tokens"
         raise SettingError(
             f"{key}={sequences * config.seq_len} is {sequences} sequences of {config.seq_len} tokens a step, "
             f"which {num_ranks} ranks can't share evenly: use a multiple of {config.seq_len * num_ranks}."
