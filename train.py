@@ -48,7 +48,8 @@ def multirun(arguments: list[str]) -> int:
         if run_dirs[-1] in run_dirs[:-1]:
             raise SettingError(f"two points would share the run folder {run_dirs[-1]}: run them one by one.")
     first_failure = 0
-    for point, run_dir in zip(points, run_dirs, strict=True):
+    for number, (point, run_dir) in enumerate(zip(points, run_dirs, strict=True)):
+        os.environ["MULTIRUN_POINT"] = str(number)
         others = [setting for setting in point if not setting.startswith("run_dir=")]
         code = run_point([sys.executable, sys.argv[0], *others, f"run_dir={run_dir}"])
         first_failure = first_failure or code
