@@ -250,6 +250,11 @@ def test_schedules(name, step, factor):
     assert lr_factor(config, step) == pytest.approx(factor, abs=1e-6)
 
 
+def test_without_a_decay_the_rate_stays_past_the_schedule_s_end():
+    config = ScheduleConfig(name="wsd", total_steps=100, decay_fraction=0.0)
+    assert [lr_factor(config, step) for step in (99, 100, 101)] == [1.0, 1.0, 1.0]
+
+
 def test_a_decay_over_all_steps_begins_after_the_warm_up():
     config = ScheduleConfig(name="wsd", warmup_steps=50, total_steps=100, decay_fraction=1.0)
     rates = [lr_factor(config, step) for step in range(9, 100)]

@@ -100,6 +100,8 @@ def lr_factor(config: ScheduleConfig, step: int) -> float:
     decay_steps = total - warmup
     if config.name == "wsd":
         decay_steps = min(decay_steps, round(config.decay_fraction * total))
+        if decay_steps == 0:
+            return 1.0
     progress = min(max(step - (total - decay_steps), 0) / max(decay_steps, 1), 1.0)
     if config.name == "cosine":
         shape = 0.5 * (1 + math.cos(math.pi * progress))
