@@ -2,7 +2,14 @@
 
 import torch
 
-from training.checkpoint import _finish, _write_fragments, open_checkpoint, save_checkpoint
+from training.checkpoint import (
+    MANIFEST_HASH,
+    _finish,
+    _write_fragments,
+    open_checkpoint,
+    remove_old,
+    save_checkpoint,
+)
 from training.distributed import World
 from training.engine import Fragment
 
@@ -47,3 +54,17 @@ def test_a_checkpoint_of_many_ranks_is_read_back(tmp_path):
     assert sum(entry["bytes"] for entry in opened.manifest["files"].values()) > 16 * 2**20
     values = opened.read(names[-1], "param", 0, num_ranks)
     assert values.tolist() == [float(rank) for rank in range(num_ranks)]
+
+
+def test_what_a_killed_removal_has_left_goes_too(tmp_path):
+    for step in (1, 2, 3, 4):
+        folder = tmp_path / f"step_{step:08d}"
+        folder.mkdir()
+        if step not in (1, 3):  # whose hash goes first
+            (folder / MANIFEST_HASH).touch()
+    remove_old(tmp_path, keep=2, saved_step=4)
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "3", "4"]
+    (tmp_path / "step_00000005").mkdir()
+    (tmp_path / "step_00000005" / MANIFEST_HASH).touch()
+    remove_old(tmp_path, keep=1, saved_step=4)
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["4", "5"]

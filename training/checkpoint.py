@@ -433,11 +433,8 @@ def remove_old(root: Path, keep: int, saved_step: int) -> None:
     """
     for path in root.glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
-    complete = [
-        folder
-        for folder in list_checkpoints(root)
-        if step_of(folder) <= saved_step and (folder / MANIFEST_HASH).exists()
-    ]
-    for folder in complete[keep:]:
+    folders = [folder for folder in list_checkpoints(root) if step_of(folder) <= saved_step]
+    kept = [folder for folder in folders if (folder / MANIFEST_HASH).exists()][:keep]
+    for folder in folders[folders.index(kept[-1]) + 1 :]:  # some perhaps half removed when a run was killed
         (folder / MANIFEST_HASH).unlink(missing_ok=True)  # invalid from here on, however far removal gets
         shutil.rmtree(folder, ignore_errors=True)
