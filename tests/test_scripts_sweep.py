@@ -407,6 +407,9 @@ def test_measurements_leave_out_the_first_steps(tmp_path):
         "steps_measured": 3,
     }
     assert measure(folder, definition(steps=9, skip_steps=4)) is None
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 4, "skipped": True}) + "\n")
+    assert measure(folder, definition())["loss"] is None
     assert not (folder / "checkpoints").exists()  # of a finished point they are removed
 
 

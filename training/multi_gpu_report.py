@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,12 @@ def _against(row: dict[str, Any], run_folder: Path, reference: dict[str, Any]) -
     """A finished run against the finished run on one GPU: None where one of them is not finished."""
     if not row["status"] == reference["status"] == "done":
         return {"steps_compared": None, "max_loss_difference": None, "share_of_one_gpu": None}
-    differences = _differences(losses(run_folder), losses(reference["run_folder"]))
+    ours, theirs = losses(run_folder), losses(reference["run_folder"])
+    differences = _differences(ours, theirs)
     return {
         "steps_compared": len(differences),
-        "max_loss_difference": max(differences.values()),
+        # a step without a finite loss is no step like the other's
+        "max_loss_difference": max(differences.values()) if ours.keys() == theirs.keys() else math.inf,
         "share_of_one_gpu": row["tokens_per_second_per_gpu"] / reference["tokens_per_second_per_gpu"],
     }
 

@@ -25,7 +25,7 @@ MANIFEST_LIMIT_BYTES = 4 * 2**20  # thousands of points; larger ones take long a
 STATUSES = ("waiting", "running", "done", "oom", "failed", "stopped")
 FINISHED = ("done", "oom", "failed")  # not run again unless asked for
 MEASURED = ("tokens_per_second", "step_ms", "mfu", "peak_memory_gib", "loss", "valid_loss", "steps_measured")
-STEP_NUMBERS = ("tokens_per_second", "step_ms", "peak_memory_gib", "loss")
+STEP_NUMBERS = ("tokens_per_second", "step_ms", "peak_memory_gib")
 MAY_GROW = ("models", "seq_lens", "cross")  # may get new points in a sweep that has begun
 
 # Settings of train.py that a sweep sets itself, see `_point`.
@@ -277,8 +277,8 @@ def measure(folder: Path, sweep: SweepDefinition) -> dict[str, Any] | None:
     """A finished point's figures out of its metrics.jsonl, or None if it logged no step to time.
 
     Speeds are medians over the logged steps after the first `skip_steps`; `steps_measured` says how many.
-    Memory is the largest of all; `loss` is that of the last step, and `valid_loss`, if the sweep evaluates,
-    that of the last evaluation.
+    Memory is the largest of all; `loss` is that of the last step, None if the step was skipped or the loss is
+    not finite, and `valid_loss`, if the sweep evaluates, that of the last evaluation.
     """
     lines = read_metrics(RunFolder(folder).metrics)
     steps = [line for line in lines if all(is_number(line.get(key)) for key in STEP_NUMBERS)]
@@ -288,13 +288,14 @@ def measure(folder: Path, sweep: SweepDefinition) -> dict[str, Any] | None:
     evaluations = [
         line["valid_loss"] for line in lines if is_number(line.get("valid_loss")) and sweep.evaluate
     ]
+    skipped = {line["step"] for line in lines if line.get("skipped")}
     utilisations = [line["mfu"] for line in timed if is_number(line.get("mfu"))]
     return {
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in timed),
         "step_ms": statistics.median(line["step_ms"] for line in timed),
         "mfu": statistics.median(utilisations) if utilisations else None,
         "peak_memory_gib": max(line["peak_memory_gib"] for line in steps),
-        "loss": steps[-1]["loss"],
+        "loss": None if steps[-1]["step"] in skipped else steps[-1].get("loss"),
         "valid_loss": evaluations[-1] if evaluations else None,
         "steps_measured": len(timed),
     }
