@@ -90,8 +90,10 @@ def test_a_step_without_targets_changes_nothing(world):
     config = compose(TrainConfig, [*sizes, "optim.weight_decay=0", "engine.precision=fp32"], "train")
     engine = Engine(TransNormer(config.model), config, world, accumulation_steps=1, micro_batch_size=1)
     before = [fragment.tensors["param"].clone() for fragment in engine.fragments()]
-    result = engine.train_step([Batch(torch.tensor([[3]]), torch.tensor([[-100]]), None)], 0, 0.001)
+    micro_steps = []
+    batch = Batch(torch.tensor([[3]]), torch.tensor([[-100]]), None)
+    result = engine.train_step([batch], 0, 0.001, progress=lambda: micro_steps.append(1))
     after = [fragment.tensors["param"].clone() for fragment in engine.fragments()]
     engine.close()
-    assert (result.loss, result.grad_norm) == (0.0, 0.0)
+    assert (result.loss, result.grad_norm, len(micro_steps)) == (0.0, 0.0, 1)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
