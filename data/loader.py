@@ -38,6 +38,12 @@ class Batch(NamedTuple):
     targets: torch.Tensor  # int64
     cu_seqlens: torch.Tensor | None
 
+    def sum_of_squared_lengths(self) -> int:
+        """Of its documents, or of sequences that are not cut into them: softmax attention grows by it."""
+        if self.cu_seqlens is None:
+            return self.tokens.numel() * self.tokens.shape[1]
+        return int(self.cu_seqlens.diff().long().square().sum())
+
 
 class TrainLoader:
     """Batches of a split. Holds no state: every method is a pure function of its arguments.

@@ -169,7 +169,7 @@ class ModelConfig:
         hidden = self.hidden_size
         return {"full": hidden * hidden, "low_rank": 2 * hidden * self.gate_size, "none": 0}[self.gate]
 
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops_per_token(self, seq_len: float) -> float:
         """Model FLOPs of one token's training step (forward once, backward twice as much).
 
         Matrix products only, counted from the layers that run: linear attention as chunks of 64
@@ -177,7 +177,8 @@ class ModelConfig:
         (N·(Dk + Dv) a head), the head as 2·V·D; the embedding look-up costs nothing.
 
         Args:
-            seq_len: N in tokens, which only quadratic and softmax layers depend on.
+            seq_len: N in tokens, which only quadratic and softmax layers depend on; of packed documents the
+                sum of squared lengths over the sum of lengths.
         """
         hidden, heads, head_dim = self.hidden_size, self.num_heads, self.head_dim
         forward = 2.0 * self.num_ids * hidden

@@ -47,6 +47,7 @@ def generate(
     device: torch.device,
     stop_id: int | None = None,
     num_ids: int | None = None,
+    agree: Callable[[int], int] = int,
 ) -> Iterator[int]:
     """Yield token ids after `prompt` until `stop_id` or `max_tokens`.
 
@@ -55,6 +56,7 @@ def generate(
         prompt: at least one id (BOS).
         stop_id: ends the text; it is not yielded.
         num_ids: draw from the first so many ids, the tokenizer's, if the model has more.
+        agree: gives all ranks one of the ids that each has drawn.
     """
     if not prompt:
         raise ValueError("the prompt has no token: begin it with BOS.")
@@ -64,7 +66,7 @@ def generate(
         chunk = torch.tensor([prompt[start : start + PREFILL_TOKENS]], device=device)
         logits, state = forward(chunk, state=state, last_only=True)
     for index in range(max_tokens):
-        token = sample(logits[0, -1, :num_ids], sampling, generator)
+        token = agree(sample(logits[0, -1, :num_ids], sampling, generator))
         if token == stop_id:
             return
         yield token

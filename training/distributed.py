@@ -46,6 +46,11 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_restart() -> bool:
+    """Whether torchrun has started these ranks again after a failure (--max-restarts)."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 @dataclass(slots=True)
 class World:
     """This process among the others.
@@ -187,7 +192,10 @@ def _meet(rank: int, size: int, join_seconds: float) -> dist.Store:
 
 
 def _open_store(rank: int, size: int, join_seconds: float) -> dist.Store:
-    """The store that the first rank holds, or under torchrun its agent; keys of each restart are its own."""
+    """The store that the first rank holds, or under torchrun its agent.
+
+    An agent's outlives the ranks: keys of each restart, and of each run of `train.py -m`, are its own.
+    """
     held_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -198,7 +206,8 @@ def _open_store(rank: int, size: int, join_seconds: float) -> dist.Store:
         wait_for_workers=False,
         multi_tenant=True,
     )
-    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    start = " ".join(os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "MULTIRUN_POINT"))
+    return dist.PrefixStore(f"start {start}", store)
 
 
 def _leave(reason: str) -> NoReturn:

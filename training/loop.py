@@ -15,7 +15,9 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,8 @@ def train(config: TrainConfig, interrupt: Interrupt) -> int:
         SettingError, DataError: something the user can mend; nothing has been overwritten.
     """
     folder = RunFolder(config.run_dir)
+    if distributed.is_restart() and config.resume == "never":
+        config = replace(config, resume="auto")
     try:
         distributed.check_launcher()
         with interrupt.at_once():
@@ -132,7 +136,7 @@ class Trainer:
         self.peak_flops = peak * self.world.size if peak else None
         self.first_step = run.state.step
         self.saved_step = run.state.step if run.resumed else None
-        self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
+        self._start_timing()
         self.num_rollbacks = 0  # since the last save
         self.problem: str | None = None  # what keeps this rank from going on, until all hear of it
         self.metrics: MetricsFile | None = None
@@ -281,12 +285,14 @@ class Trainer:
         torch.manual_seed(((config.seed * 1_000_003 + state.step) * 65_537 + self.world.rank) % 2**63)
         lr = learning_rate(config.optim, config.schedule, state.step)
         measure_layers = config.layer_stats_every > 0 and (state.step + 1) % config.layer_stats_every == 0
-        with self._first_compilation():
-            result = self.engine.train_step(batches, num_targets, lr, measure_layers)
+        with self._first_compilation() as progress:
+            result = self.engine.train_step(batches, num_targets, lr, measure_layers, progress)
         first_sequence, last_sequence = self.loader.sequences(state.batch)
         num_tokens = (last_sequence - first_sequence) * config.seq_len
         self.timed_seconds += time.perf_counter() - start
         self.timed_tokens += num_tokens
+        self.timed_share += sum(batch.tokens.numel() for batch in batches)
+        self.timed_squares += sum(batch.sum_of_squared_lengths() for batch in batches)
         self.timed_steps += 1
         state.step += 1
         state.tokens += num_tokens
@@ -301,17 +307,26 @@ class Trainer:
         self.console.advance(state.step)
         return result
 
+    def _start_timing(self) -> None:
+        self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
+        self.timed_share, self.timed_squares = 0, 0  # this rank's tokens, squared lengths of its documents
+
     @contextlib.contextmanager
-    def _first_compilation(self) -> Iterator[None]:
-        """While blocks are compiled a request to stop ends the process: this step's checkpoint is there."""
-        if not self.engine.compiles() or not self.first_step == self.state.step == self.saved_step:
-            self.watchdog.progress(self.state.step, "training step")
-            yield
-            return
-        limit_seconds = 60 * self.config.engine.timeout_minutes
-        self.watchdog.progress(self.state.step, "first step, compiling", limit_seconds)
-        with self.interrupt.at_once():
-            yield
+    def _first_compilation(self) -> Iterator[Callable[[], None]]:
+        """Time for blocks to compile in the first step; gives what to call as a step gets on.
+
+        A request to stop ends the process meanwhile, if this step's checkpoint is there.
+        """
+        progress = partial(self.watchdog.progress, self.state.step, "training step")
+        if self.engine.compiles() and self.state.step == self.first_step:
+            limit_seconds = 60 * self.config.engine.timeout_minutes
+            progress = partial(
+                self.watchdog.progress, self.state.step, "first step, compiling", limit_seconds
+            )
+        progress()
+        is_saved = self.first_step == self.state.step == self.saved_step
+        with self.interrupt.at_once() if self.engine.compiles() and is_saved else contextlib.nullcontext():
+            yield progress
 
     def _is_spike(self, result: StepResult) -> bool:
         """Whether the loss is far above those of the last steps; says and records it."""
@@ -356,7 +371,8 @@ class Trainer:
         state, config = self.state, self.config
         step_seconds = self.timed_seconds / self.timed_steps
         speed = self.timed_tokens / self.timed_seconds
-        flops_per_second = speed * config.model.flops_per_token(self._seq_len(state.batch - 1))
+        mean_length = self.timed_squares / self.timed_share
+        flops_per_second = speed * config.model.flops_per_token(mean_length)
         line = {
             "step": state.step,
             "tokens": state.tokens,
@@ -368,7 +384,7 @@ class Trainer:
             "peak_memory_gib": max(self.world.gather(peak_memory_gib(self.world.device))),
             "step_ms": 1000 * step_seconds,
         }
-        self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
+        self._start_timing()
         self._write(line)
         with self._told_later():
             self.console.show(line, config.max_steps, (config.max_steps - state.step) * step_seconds)
@@ -425,6 +441,7 @@ class Trainer:
             self.world.device,
             tokenizer.eos_id,
             num_ids=tokenizer.vocab_size,
+            agree=self.world.from_first,
         )
         sampled = []
         for token_id in ids:

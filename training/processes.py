@@ -42,6 +42,19 @@ class Process:
         return status is not None and status.started == self.started and status.state in "Tt"
 
 
+def pid_space() -> str:
+    """Names what this process's numbers belong to: one boot of one host, and a container's own count there.
+
+    Containers, and copies of a machine, may share a host name.
+    """
+    try:
+        return (
+            f"{(PROC / 'sys/kernel/random/boot_id').read_text().strip()} {(PROC / 'self/ns/pid').readlink()}"
+        )
+    except OSError:
+        return ""
+
+
 def this_process() -> Process:
     """The process that asks."""
     return _process(os.getpid()) or Process(os.getpid(), 0)

@@ -32,7 +32,7 @@ from data.files import explain_write_errors, read_json_object
 from training.distributed import World
 from training.errors import EXIT_FAILED, USER_ERRORS
 from training.interrupt import Interrupt, StopRequested
-from training.processes import Process, this_process
+from training.processes import Process, pid_space, this_process
 from training.run_folder import RunFolder
 
 POLL_SECONDS = 1.0
@@ -62,7 +62,7 @@ class _Peer:
 
     def process(self) -> Process | None:
         """Its process, if it runs on this host."""
-        if self.heartbeat.get("host") != socket.gethostname():
+        if self.heartbeat.get("host") != socket.gethostname() or self.heartbeat.get("space") != pid_space():
             return None
         return Process(self.heartbeat["pid"], self.heartbeat["started"])
 
@@ -84,6 +84,7 @@ class Watchdog:
         self._fixed = {
             "start": start_id,
             "host": socket.gethostname(),
+            "space": pid_space(),
             "pid": self._process.pid,
             "started": self._process.started,
         }
@@ -107,10 +108,10 @@ class Watchdog:
         Args:
             limit_seconds: how long this phase may take, if that is more than the usual limit.
         """
+        self._progress_at = time.monotonic()  # before the limit, which may be a shorter one
+        self._progress += 1
         self._step, self._phase, self._training = step, phase, True
         self._limit_seconds = max(limit_seconds, self._usual_limit_seconds)
-        self._progress += 1
-        self._progress_at = time.monotonic()
 
     def __enter__(self) -> Watchdog:
         return self
@@ -163,17 +164,21 @@ class Watchdog:
                 self._write()
             if self._training:  # should this thread stop too, because the main thread holds Python's lock
                 faulthandler.dump_traceback_later(0.9 * self._limit_seconds, exit=True)
-            standing_seconds = now - self._progress_at
-            if standing_seconds < WAITING_SECONDS or now - self._looked_at < len(self._peers) / 32:
+            if now - self._progress_at < WAITING_SECONDS or now - self._looked_at < len(self._peers) / 32:
                 continue
             self._look()
             self._leave_if_alone(now)
             if not self._training:
                 continue
-            if standing_seconds > self._limit_seconds and not self._others_get_on(now):
-                self._report_and_exit(self._limit_seconds)
+            limit_seconds = self._limit_seconds
+            standing_seconds = now - self._progress_at  # it may have got on since
+            if standing_seconds > limit_seconds and not self._others_get_on(now):
+                self._report_and_exit(
+                    f"no rank has got on for {limit_seconds:.0f} s: stopping. If a step may take longer, "
+                    "raise engine.watchdog_seconds."
+                )
             if standing_seconds > STOPPED_SECONDS and self._waits_for_a_stopped_rank(now):
-                self._report_and_exit(STOPPED_SECONDS)
+                self._report_and_exit(f"no rank has got on for {STOPPED_SECONDS:.0f} s: stopping.")
 
     def _write(self) -> None:
         self._beat += 1
@@ -189,8 +194,9 @@ class Watchdog:
         try:
             temporary.write_text(json.dumps(self._fixed | state))
             os.replace(temporary, self._path(self._world.rank))
-        except OSError:  # a full disk ends the run elsewhere, with its own message
-            temporary.unlink(missing_ok=True)
+        except OSError:  # a full disk ends the run elsewhere, with its own message; others may pass
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _look(self) -> None:
         """Read the others' files."""
@@ -198,7 +204,7 @@ class Watchdog:
         for rank, peer in self._peers.items():
             try:
                 heartbeat = read_json_object(self._path(rank), LIMIT_BYTES)
-            except DataError:  # not there yet, or it has left in order
+            except (DataError, OSError):  # not there yet, it has left in order, or the disk fails for now
                 peer.gone_at = None
                 continue
             if heartbeat.get("start") != self._fixed["start"]:
@@ -227,8 +233,8 @@ class Watchdog:
         held = [peer.stopped_at for peer in self._peers.values() if peer.stopped_at is not None]
         return any(now - since > STOPPED_SECONDS for since in held)
 
-    def _report_and_exit(self, seconds: float) -> None:
-        """Say where every rank stands; end this process, and those of this host that are frozen."""
+    def _report_and_exit(self, reason: str) -> None:
+        """Say why, and where every rank stands; end this process, and those of this host that are frozen."""
         now = time.monotonic()
         frozen = {rank for rank, peer in self._peers.items() if now - peer.beat_at > FROZEN_SECONDS}
         if any(rank < self._world.rank for rank in self._peers.keys() - frozen):
@@ -237,7 +243,7 @@ class Watchdog:
         own = self._fixed | {"step": self._step, "phase": self._phase, "stack": _main_stack()}
         beats = {rank: peer.heartbeat for rank, peer in self._peers.items() if peer.heartbeat}
         beats[self._world.rank] = own
-        self._say(f"no rank has got on for {seconds:.0f} s: stopping.")
+        self._say(reason)
         for rank, beat in sorted(beats.items()):
             note = " (stopped, or its host is gone; its stack as last seen)" if rank in frozen else ""
             where = f"process {beat['pid']} on {beat['host']}, step {beat['step']}, {beat['phase']}"
