@@ -104,16 +104,17 @@ class Engine:
         self.accumulation_steps = accumulation_steps
         bf16 = config.engine.precision == "bf16"
         model.compute_dtype = torch.bfloat16 if bf16 else torch.float32
-        model.to(world.device)
         if config.engine.fp8:
             world.on_all(partial(_use_fp8, model, world.device))  # ranks may have different GPUs
-        initial = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
-        if bf16:
+        initial = {}
+        for name, p in model.named_parameters():
+            initial[name] = p.detach().to("cpu", copy=True)
+            if bf16 and self.stage > 0:
+                p.data = p.data.bfloat16()  # before the device must hold them all
+        model.to(world.device)
+        if bf16 and self.stage == 0:
             for p in model.parameters():
-                if self.stage > 0:
-                    p.data = p.data.bfloat16()
-                else:
-                    p.register_hook(lambda grad: grad.bfloat16().float())
+                p.register_hook(lambda grad: grad.bfloat16().float())
         optimizer = build_optimizer(model, config.optim, model.compute_dtype)
         self.group_index = {
             p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]

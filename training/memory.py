@@ -167,7 +167,8 @@ def moment_bytes(config: TrainConfig) -> float:
 def memory_parts(config: TrainConfig, num_ranks: int, micro_batch_size: int) -> dict[str, float]:
     """The estimate: bytes on one GPU at the peak of a step, by part. Needs `model.vocab_size`.
 
-    The peak is where backward begins, or with few tokens the update, which may copy gradients.
+    The peak is where backward begins, or with few tokens the update, which may copy gradients, or with many
+    ranks the start.
 
     Args:
         num_ranks: GPUs that share a step.
@@ -189,7 +190,9 @@ def memory_parts(config: TrainConfig, num_ranks: int, micro_batch_size: int) -> 
     copies = config.engine.zero_stage in (1, 2) and not holds_both_gradients(config.engine)
     if copies and not config.engine.offload_optimizer:
         update["copied gradients"] = 4 * config.model.num_parameters() / num_ranks
-    return max(backward, update, key=lambda parts: sum(parts.values()))
+    # also at stage 3, which then shares them out
+    start = {"weights, all at first": float(element * config.model.num_parameters())}
+    return max(backward, update, start, key=lambda parts: sum(parts.values()))
 
 
 def largest_micro_batch(config: TrainConfig, num_ranks: int, memory_bytes: float) -> int:
