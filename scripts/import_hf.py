@@ -2,8 +2,8 @@
 
     python -m scripts.import_hf source=DIR run_dir=outputs/published
 
-reads config.json, safetensors and the tokenizer, runs nothing that lies beside them, checks that everything
-fits, and writes a folder that checkpoint= and init_from= take.
+reads config.json, the weights (safetensors, or pytorch_model.bin, of which only tensors are made) and the
+tokenizer, runs nothing that lies beside them, checks that everything fits, and writes a folder that checkpoint= and init_from= take.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from training.weights import TrainedModel, load_model
 class ImportConfig:
     """What to take in, and where to."""
 
-    source: str | None = None  # folder with config.json, safetensors and a tokenizer
+    source: str | None = None  # folder with config.json, weights and a tokenizer
     run_dir: str | None = None  # a folder that is not there yet
 
 
