@@ -3,7 +3,8 @@
     python -m scripts.import_hf source=DIR run_dir=outputs/published
 
 reads config.json, the weights (safetensors, or pytorch_model.bin, of which only tensors are made) and the
-tokenizer, runs nothing that lies beside them, checks that everything fits, and writes a folder that checkpoint= and init_from= take.
+tokenizer, runs nothing that lies beside them, checks that everything fits, and writes a folder that
+checkpoint= and init_from= take.
 """
 
 from __future__ import annotations
