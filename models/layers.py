@@ -15,6 +15,7 @@ from kernels.cross_entropy import cross_entropy
 from kernels.reference import without_autocast
 from models.config import ModelConfig
 
+SCALED_ROWS = 8192  # of a gradient, multiplied at once in fp32
 LOGITS_PER_CHUNK = 2**28  # logits held at once by the loss: 512 MiB in bf16
 
 
@@ -176,4 +177,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad, grad_weight * grad, None
+        return _scaled(grad_x, grad), _scaled(grad_weight, grad), None
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a factor () in fp32, rounded once: a GPU would round the factor itself to x's dtype before."""
+    scaled = torch.empty_like(x)
+    for result, rows in zip(scaled.split(SCALED_ROWS), x.split(SCALED_ROWS), strict=True):
+        result.copy_(rows.float().mul_(factor))
+    return scaled

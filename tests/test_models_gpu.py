@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.config import ModelConfig
+from models.layers import LinearCrossEntropy
 from models.transnormer import TransNormer
 
 pytestmark = pytest.mark.gpu
@@ -85,3 +86,16 @@ def test_packed_documents_are_documents_apart(settings, num_heads, recompute, dt
         if p.ndim == 2 or exactly:  # in bf16 LRPE's frequencies get noise: their terms nearly cancel
             error = float((gradients[name] - p.grad).norm() / p.grad.norm())
             assert error <= (1e-4 if exactly else 3e-2), f"{name}: {error:.1e}"
+
+
+def test_gradients_of_a_loss_are_scaled_in_fp32():
+    """A mean is a sum over a number that bf16 may not hold: 1 / 65281 would be 0.4 % off."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, weight = (torch.randn(1000, 128, device="cuda", generator=generator).bfloat16() for _ in range(2))
+    targets = torch.randint(1000, (1000,), device="cuda", generator=generator)
+    gradients = []
+    for factor in (1.0, 1 / 65281):
+        inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        gradients.append(torch.autograd.grad(LinearCrossEntropy.apply(*inputs, targets) * factor, inputs))
+    for whole, scaled in zip(*gradients, strict=True):
+        assert torch.equal(scaled, (whole.float() * (1 / 65281)).bfloat16())
