@@ -54,15 +54,18 @@ def state_scale(log2_decay, C: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.co
 
 
 @triton.jit
-def add_rows(b_s, b_k, b_v, decay, weight, scale, SPLIT: tl.constexpr):
+def add_rows(b_s, b_k, b_v, decay, weight, scale, SPLIT: tl.constexpr, PACKED: tl.constexpr):
     """decay · b_s + Σ_i (weight_i / scale) v_iᵀ k_i, with b_k [C, BK], b_v [C, BV], weight [C].
 
     Rounding weight · v to 16 bits costs as much accuracy as rounding the output does. With SPLIT the rows
     are added once without a weight, exactly, and once with the small rest, weight / scale - 1. Not for fp16,
-    whose range is too small for a state over the scale of a head that decays fast.
+    whose range is too small for a state over the scale of a head that decays fast. Rows without a weight, as
+    those of other packed sequences, are left out of both: much larger ones would leave their rounding.
     """
     b_s *= decay
     if SPLIT:
+        if PACKED:
+            b_v = tl.where((weight > 0)[:, None], b_v, 0.0)
         b_s = tl.dot(tl.trans(b_v), b_k, b_s, input_precision="ieee")
         weight = weight / scale - 1.0
     b_vt = (tl.trans(b_v) * weight[None, :]).to(b_k.dtype)  # [BV, C]
@@ -198,7 +201,8 @@ def walk_kernel(
         b_o *= (to_end if REVERSE else through)[None, :] * scale
         b_o = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), b_o, input_precision="ieee")
         d_o.store([row, i_v * BV], tl.trans(b_o).to(b_q.dtype))
-        b_s = add_rows(b_s, b_k, b_v, decay, through if REVERSE else to_end, scale, SPLIT)
+        weight = through if REVERSE else to_end
+        b_s = add_rows(b_s, b_k, b_v, decay, weight, scale, SPLIT, starts is not None)
     if final_state is not None and i_p == P - 1:
         tl.store(final_state + whole, b_s * scale, mask)
 
@@ -260,7 +264,7 @@ def dk_dv_kernel(
         )  # [BK, C]
         b_dk = tl.dot(tl.trans(b_q), b_dp.to(b_q.dtype), b_dk, input_precision="ieee")
         d_dk.store([row, 0], tl.trans(b_dk).to(b_k.dtype))
-        b_ds = add_rows(b_ds, b_q, b_do, decay, through, scale, SPLIT)
+        b_ds = add_rows(b_ds, b_q, b_do, decay, through, scale, SPLIT, starts is not None)
     if grad_initial is not None and i_p == P - 1:
         tl.store(grad_initial + whole, b_ds * scale, mask)
 
@@ -308,7 +312,8 @@ def segment_state_kernel(
         _, through, to_end, decay = chunk_weights(starts, log2_decay, row, num_rows, o_c)
         b_k = d_k.load([row, 0])  # [C, BK]
         b_v = d_v.load([row, i_v * BV])  # [C, BV]
-        b_s = add_rows(b_s, b_k, b_v, decay, through if REVERSE else to_end, scale, SPLIT)
+        weight = through if REVERSE else to_end
+        b_s = add_rows(b_s, b_k, b_v, decay, weight, scale, SPLIT, starts is not None)
     rows_after = tl.maximum((last - to_chunk) * C if REVERSE else end - to_chunk * C, 0)
     b_s *= scale * tl.exp2(log2_decay * rows_after)
     offsets, mask = state_tile(i_v, Dk, Dv, BK, BV, False)

@@ -141,6 +141,29 @@ def test_sequences_do_not_see_each_other(backend):
         assert torch.equal(x[[0, 2]], y[[0, 2]])
 
 
+@pytest.mark.parametrize("dk_dv", [FUSED, None])
+@pytest.mark.parametrize("segments", [1, 3])
+def test_split_weights_leave_no_rounding_of_other_sequences(segments, dk_dv):
+    """Walked as one, where a chunk holds rows of several sequences, each continued in the next chunk."""
+    tensors, slopes = make_inputs(1, 96, 2, 16, 16)
+    slopes[:] = torch.tensor([0.01, 1.0])
+    cu_seqlens = torch.tensor([0, 40, 52, 96], dtype=torch.int32, device=DEVICE)
+
+    def run_without_states():
+        inputs = [x.detach().requires_grad_() for x in tensors[:3]]
+        o, _ = lightning_attention(*inputs, slopes, None, False, cu_seqlens, "triton")
+        return [o, *torch.autograd.grad(o, inputs, tensors[4])]
+
+    with force(segments=segments, parts=1, chunk=32, dk_dv=dk_dv, split_weights=True):
+        before = run_without_states()
+        for i in (0, 1, 2, 4):
+            tensors[i][:, 40:52] *= 1000
+        after = run_without_states()
+    for x, y in zip(before, after, strict=True):
+        assert torch.equal(x[:, :40], y[:, :40])
+        assert torch.equal(x[:, 52:], y[:, 52:])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["one projection", "heads first", "unaligned", "expanded", "states"])
 def test_strided_inputs(backend, layout):
