@@ -22,7 +22,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tenso
         targets: (T,) int64 in [0, V), or -100: no loss and no gradient.
 
     Returns:
-        (T,) fp32, 0 where the target is -100.
+        (T,) fp32, 0 where the target is -100. Another target outside [0, V) raises a RuntimeError on a CPU,
+        and its loss is NaN on a GPU.
     """
     if logits.is_cuda:
         from kernels import triton_cross_entropy

@@ -11,7 +11,7 @@ IGNORED = -100  # a target that is not scored
 def torch_cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
     """As `kernels.cross_entropy.cross_entropy`: logits (T, V), targets (T,) → losses (T,) in nats, fp32."""
     scored = targets != IGNORED
-    index = targets.clamp_min(0)[:, None]
+    index = torch.where(scored, targets, 0)[:, None]
     log_probabilities = logits.float().log_softmax(-1)
     losses = torch.where(scored, -log_probabilities.gather(1, index)[:, 0], 0.0)
     if with_gradient:

@@ -22,9 +22,10 @@ def cross_entropy_kernel(
     row = logits + i_t.to(tl.int64) * stride
     target = tl.load(targets + i_t)
     scored = target != IGNORED
+    known = (target >= 0) & (target < V)
     o_v = tl.arange(0, BLOCK)
 
-    largest = -3.0e38  # finite: a first block may hold nothing but -inf
+    largest = -3.4e38  # finite: a first block may hold nothing but -inf
     total = 0.0
     for start in range(0, V, BLOCK):
         x = tl.load(row + start + o_v, mask=start + o_v < V, other=float("-inf")).to(tl.float32)
@@ -32,8 +33,9 @@ def cross_entropy_kernel(
         total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(x - new_largest), axis=0)
         largest = new_largest
     log_total = largest + tl.log(total)
-    x_target = tl.load(row + tl.where(scored, target, 0)).to(tl.float32)
-    tl.store(losses + i_t, tl.where(scored, log_total - x_target, 0.0))
+    x_target = tl.load(row + tl.where(known, target, 0)).to(tl.float32)
+    loss = tl.where(known, log_total - x_target, float("nan"))
+    tl.store(losses + i_t, tl.where(scored, loss, 0.0))
 
     if GRADIENT:
         tl.debug_barrier()  # the target's logit is read before it is overwritten

@@ -69,3 +69,12 @@ def test_bf16_logits_of_a_real_size():
     losses = cross_entropy(logits, targets, with_gradient=True)
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits.double(), exact.grad, rtol=1e-2, atol=1e-6)
+
+
+def test_targets_outside_the_vocabulary_are_not_taken_for_others():
+    targets = torch.tensor([4, -1, 1], device=DEVICE)
+    losses = implementations()["triton"](torch.zeros(3, 4, device=DEVICE), targets, with_gradient=False)
+    assert losses.isnan().tolist() == [True, True, False]
+    for target in (4, -1):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            implementations()["torch"](torch.zeros(1, 4), torch.tensor([target]), with_gradient=False)
