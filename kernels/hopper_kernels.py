@@ -462,7 +462,9 @@ def addressable_rows(x: Tensor) -> Tensor:
     stride_b, stride_n, stride_h, stride_d = x.stride()
     side_by_side = stride_d == 1 and stride_h == x.shape[3] and stride_n % 8 == 0 and stride_n > 0
     one_run = x.shape[0] == 1 or stride_b == x.shape[1] * stride_n
-    return x if side_by_side and one_run and x.data_ptr() % 16 == 0 else x.contiguous()
+    if side_by_side and one_run and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() ignores the strides of one row
 
 
 def describe_rows(x: Tensor, columns: int = HEAD_DIM) -> TensorDescriptor:
