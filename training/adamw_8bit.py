@@ -52,15 +52,16 @@ class AdamW8bit(torch.optim.Optimizer):
         numbers = [group["lr"], group["weight_decay"], beta1, beta2, group["eps"]]
         numbers += [1 - beta1**step, 1 - beta2**step]
         scalars = torch.tensor(numbers, dtype=torch.float32).to(p.device, non_blocking=True)
+        flat = p.view(-1), gradient.reshape(-1)  # a copy of weights would be updated in their place
         whole = p.numel() // BLOCK
         for first in range(0, whole, SLICE_BLOCKS):
             blocks = slice(first, min(first + SLICE_BLOCKS, whole))
             elements = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
-            weights, gradients = (x.reshape(-1)[elements].view(-1, BLOCK) for x in (p, gradient))
+            weights, gradients = (x[elements].view(-1, BLOCK) for x in flat)
             self._kernel(p.device)(weights, gradients, *(state[name][blocks] for name in CODES), scalars)
         if p.numel() % BLOCK:
             rest = slice(whole * BLOCK, None)
-            weights, gradients = (_padded(x.reshape(-1)[rest]) for x in (p, gradient))
+            weights, gradients = (_padded(x[rest]) for x in flat)
             rest_of_state = (state[name][whole:] for name in CODES)
             update_blocks(weights, gradients, *rest_of_state, scalars)  # type: ignore[call-arg]
             p.view(-1)[rest] = weights.view(-1)[: p.numel() % BLOCK]
