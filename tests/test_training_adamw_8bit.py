@@ -100,5 +100,6 @@ def test_a_resumed_run_is_the_run_that_never_stopped(stage, text, tmp_path):
 def test_weights_that_are_not_contiguous_are_refused():
     p = torch.nn.Parameter(torch.zeros(32, 16).T)
     p.grad = torch.ones_like(p)
+    group = {"params": [p], "weight_decay": 0.1, "muon": False}
     with pytest.raises(RuntimeError, match="view"):
-        AdamW8bit([p], lr=1e-3, betas=(0.9, 0.95), eps=1e-8).step()
+        AdamW8bit([group], lr=1e-3, betas=(0.9, 0.95), eps=1e-8).step()
