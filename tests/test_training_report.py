@@ -10,7 +10,7 @@ from models.config import ModelConfig
 from training import plots
 from training.config import TrainConfig, compose, flatten, load_saved_config, override, save_config
 from training.errors import SettingError
-from training.report import fenced, write_run_report
+from training.report import fenced, told_apart, write_run_report
 from training.run_folder import RunFolder
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -193,3 +193,10 @@ def test_override_quotes_what_hydra_would_read_otherwise():
 def test_fence_is_longer_than_the_text_s():
     assert fenced("a") == "```text\na\n```"
     assert fenced("````") == "`````text\n````\n`````"
+
+
+def test_different_data_of_one_name_are_told_apart():
+    same = [{"data": "text", "data_fingerprint": "0" * 40, "step": step} for step in (1, 2)]
+    other = {"data": "text", "data_fingerprint": "1" * 40, "step": 2}
+    assert told_apart(same) == same
+    assert [e["data"] for e in told_apart([*same, other])] == ["text (00000000)"] * 2 + ["text (11111111)"]

@@ -184,6 +184,7 @@ def draw_evaluations(
     folder: RunFolder, evaluations: list[dict[str, Any]], trained_seq_len: int | None
 ) -> list[Path]:
     """Plot evaluations by length and position (the last checkpoint of each data) and over tokens."""
+    evaluations = told_apart(evaluations)
     precisions = {result.get("precision") for evaluation in evaluations for result in evaluation["results"]}
     newest = list({evaluation["data"]: evaluation for evaluation in evaluations}.values())
     by_length: dict[str, list[tuple[float, float]]] = {}
@@ -315,7 +316,7 @@ def _plots(folder: RunFolder, drawn: list[Path]) -> str:
 
 
 def _evaluations(evaluations: list[dict[str, Any]], unreadable: list[str]) -> str:
-    rows = [row for evaluation in evaluations for row in evaluation_rows(evaluation)]
+    rows = [row for evaluation in told_apart(evaluations) for row in evaluation_rows(evaluation)]
     parts = ["## Evaluations", markdown_table(EVALUATION_COLUMNS, rows)] if rows else []
     parts += [f"`eval/{name}` can't be read: run its evaluation again." for name in unreadable]
     return "\n\n".join(parts)
@@ -334,6 +335,19 @@ EVALUATION_COLUMNS = (
     "word perplexity",
     "bits per byte",
 )
+
+
+def told_apart(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same, where different data of one name have a part of their fingerprint in it."""
+    known: dict[str, set[Any]] = {}
+    for evaluation in evaluations:
+        known.setdefault(evaluation["data"], set()).add(evaluation.get("data_fingerprint"))
+    return [
+        evaluation | {"data": f"{evaluation['data']} ({str(evaluation.get('data_fingerprint'))[:8]})"}
+        if len(known[evaluation["data"]]) > 1
+        else evaluation
+        for evaluation in evaluations
+    ]
 
 
 def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
