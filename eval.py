@@ -31,7 +31,11 @@ What has been scored before is not scored again.
 
 from __future__ import annotations
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports, which take seconds: no traceback
 
 from training.config import run_command
 from training.evaluate_checkpoints import EvalConfig, evaluate_checkpoints

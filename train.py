@@ -16,6 +16,9 @@ import signal
 import subprocess
 import sys
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports, which take seconds: no traceback
+
 from training.config import TrainConfig, command_line, compose, fail, run_command, sweep_points
 from training.errors import EXIT_PREEMPTED, USER_ERRORS, SettingError
 from training.interrupt import Interrupt

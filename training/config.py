@@ -13,6 +13,7 @@ import io
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -592,6 +593,8 @@ def run_command(
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal has no such character
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a command sets it while it imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = command_line()
     try:
         if "--help" in arguments or "-h" in arguments:
