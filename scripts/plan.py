@@ -97,10 +97,15 @@ def _memory(config: PlanConfig, per_gpu: int) -> str:
     if largest:
         lines += [f"  {'largest micro-batch':<24}{largest:>18}  sequences of the {per_gpu} a step"]
     else:
+        engine, longer = config.engine, config.seq_len > 32768
+        ways = ["optim=adamw_8bit"] if config.optim.name != "adamw_8bit" else []
+        ways += ["model.activation_checkpointing=selective or full"]
+        ways += ["engine.sequence_chunk=32768"] if longer and not engine.sequence_chunk else []
+        ways += [] if engine.offloads else [f"engine=zero{max(engine.zero_stage, 2)}_offload"]
+        ways += ["a shorter seq_len", "more GPUs with engine=zero3"]
         lines += [
-            f"Does not fit: not even one sequence of {config.seq_len} tokens. Try optim=adamw_8bit, "
-            "model.activation_checkpointing=selective\nor full, engine.sequence_chunk=32768, a shorter "
-            "seq_len, more GPUs with engine=zero3, or engine=zero2_offload."
+            f"Does not fit: not even one sequence of {config.seq_len} tokens. Try",
+            f"{', '.join(ways[:-1])}, or {ways[-1]}.",
         ]
     return "\n".join(lines)
 
