@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -94,6 +95,8 @@ def evaluate_checkpoints(config: EvalConfig) -> int:
         raise SettingError("checkpoint is not set: give a run folder, a checkpoint, an export or a glob.")
     if config.output and Path(config.output).is_dir():
         raise SettingError(f"output={config.output} is a folder: give the name of a JSON file.")
+    if config.output and not _can_be_written(Path(config.output)):
+        raise SettingError(f"output={config.output} can't be written: choose another folder.")
     distributed.check_launcher()
     world = distributed.start(TIMEOUT_MINUTES)
     try:
@@ -106,6 +109,12 @@ def evaluate_checkpoints(config: EvalConfig) -> int:
         more = problems[1:] if len(problems) < 3 else [f"and {len(problems) - 1} more points failed."]
         raise SettingError("\n".join(problems[:1] + more))
     return 0
+
+
+def _can_be_written(file: Path) -> bool:
+    """Whether it, or what is there of the folders above it, lets itself be written."""
+    there = next(path for path in (file, *file.absolute().parents) if path.exists())
+    return os.access(there, os.W_OK)
 
 
 def _evaluate_all(config: EvalConfig, world: World) -> tuple[list[Evaluation], list[str]]:
@@ -301,7 +310,8 @@ def _show(config: EvalConfig, evaluations: list[Evaluation], world: World) -> No
     homes = {home.path: home for home, _ in evaluations}
     rows = []
     for home, content in evaluations:
-        prefix = f"{home.path.name} " if len(homes) > 1 else ""
+        several = len(homes) > 1 and home.checkpoints.is_dir()  # others are called by their folder anyway
+        prefix = f"{home.path.name} " if several else ""
         rows += [(prefix + first, *others) for first, *others in evaluation_rows(content)]
     with reader_may_leave():
         print(f"window={config.window}: {WINDOW_RULES[config.window]}")

@@ -16,7 +16,7 @@ import torch
 from data.tokenizer import Tokenizer, load_tokenizer
 from models.config import ModelConfig
 from models.transnormer import TransNormer
-from training.checkpoint import MANIFEST, CheckpointError, newest_checkpoint, open_checkpoint
+from training.checkpoint import MANIFEST_HASH, CheckpointError, newest_checkpoint, open_checkpoint
 from training.config import load_saved_config, model_config_from
 from training.errors import SettingError
 from training.model_folder import is_model_folder, open_model_folder
@@ -110,7 +110,7 @@ def find_models(spec: str, log: Callable[[str], None], key: str = "checkpoint") 
             return [newest.folder]
         if not is_model_folder(path):
             raise CheckpointError(f"{key}={spec}: the run holds no checkpoint yet.")
-    if (path / MANIFEST).exists() or (path / "state.json").exists() or is_model_folder(path):
+    if any((path / name).exists() for name in (MANIFEST_HASH, "state.json")) or is_model_folder(path):
         return [path]
     if path.name == run.checkpoints.name and any(path.glob("step_*")):
         raise CheckpointError(f"{key}={spec} holds a run's checkpoints: give the run, {path.parent}, or one.")
