@@ -224,8 +224,8 @@ def _text_of_line(line: bytes, path: Path, number: int, offset: int, text_field:
         row = json.loads(decoded)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}:{number} is not valid JSON: {str(error)[:80]}") from None
-    text = row.get(text_field, MISSING) if isinstance(row, dict) else MISSING
-    return _check_text(text, f"{path}:{number}", text_field)
+    fields = row if isinstance(row, dict) else {}
+    return _check_text(fields.get(text_field, MISSING), f"{path}:{number}", text_field, list(fields))
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
@@ -251,12 +251,13 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
         raise DataError(f"{path} row {number} is not UTF-8: {error}") from None
 
 
-def _check_text(text: object, where: str, text_field: str) -> str:
+def _check_text(text: object, where: str, text_field: str, fields: Iterable[str] = ()) -> str:
     if text is None:
         raise DataError(f"{where} is null in the field {text_field!r}: leave such rows out, or empty")
     if not isinstance(text, str):
+        there = f" of {', '.join(fields)[:200]}" if fields else ""
         raise DataError(
-            f"{where} has no text in the field {text_field!r}: set data.text_field to the right one"
+            f"{where} has no text in the field {text_field!r}: set data.text_field to the right one{there}"
         )
     try:
         text.encode("utf-8")

@@ -1,8 +1,11 @@
 """Training on several GPUs against one: losses, speed and memory at every ZeRO stage, and a killed rank.
 
     python -m scripts.multi_gpu run_dir=outputs/multi_gpu
-    python -m scripts.multi_gpu num_gpus=2 models=[tnl-tiny] seq_len=128 batch_tokens=2048 steps=12 \
-        skip_steps=3 kill_after=3 'settings=["tokenizer=bytes"]'               rehearsed on a CPU
+
+or, rehearsed on a CPU,
+
+    python -m scripts.multi_gpu num_gpus=2 models=[tnl-tiny] seq_len=128 batch_tokens=2048 steps=12 \\
+        skip_steps=3 kill_after=3 'settings=["tokenizer=bytes"]'
 
 Trains every model for the same steps on the same data: on one GPU with the reference engine, and at each
 number of GPUs (2, 4, 8 up to num_gpus) with each engine. Then a rank is killed (SIGKILL), and the run goes on
