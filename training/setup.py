@@ -61,9 +61,11 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Ru
     world.on_all(partial(_check_backend, config, world))
     if not world.is_first:  # the first rank's hashes are enough
         config = replace(config, data=replace(config.data, verify="quick"))
+    checkpoint = find_checkpoint(config.resume, folder, world, log)
+    if checkpoint is not None:  # before data is prepared that the run may not have
+        world.on_all(partial(_check_settings, config, checkpoint))
     data = world.on_all(partial(prepare, config.data, config.tokenizer, log=log))
     times.append(time.perf_counter())
-    checkpoint = find_checkpoint(config.resume, folder, world, log)
     if checkpoint is None and config.resume != "never" and world.on_first(folder.holds_run):
         log(f"{folder.path} holds a run without a checkpoint: it starts again, and its metrics with it")
     config = world.on_all(partial(_settle, config, data, checkpoint, log))
@@ -121,20 +123,29 @@ def find_checkpoint(resume: str, folder: RunFolder, world: World, log: Log) -> C
     return newest
 
 
+def _check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """Refuse settings that differ from the resumed run's where they may not.
+
+    Raises:
+        SettingError: lists them.
+    """
+    saved = load_saved_config(checkpoint.folder / "config.yaml")
+    if saved.get("micro_batch_size") == "auto":
+        saved["micro_batch_size"] = saved_state(checkpoint).micro_batch_size
+    check_resumable(config, saved, checkpoint.folder)
+
+
 def _settle(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | None, log: Log) -> TrainConfig:
     """Fill in what the settings leave open, from the run that is resumed, the data, or the model's width.
 
     Raises:
-        SettingError: a setting, the data or the tokenizer differs from the resumed run's.
+        SettingError: the data or the tokenizer differs from the resumed run's.
     """
     total_steps = config.schedule.total_steps
     vocab_size = config.model.vocab_size
     lr = config.optim.lr
     if checkpoint is not None:
         saved = load_saved_config(checkpoint.folder / "config.yaml")
-        if saved.get("micro_batch_size") == "auto":
-            saved["micro_batch_size"] = saved_state(checkpoint).micro_batch_size
-        check_resumable(config, saved, checkpoint.folder)
         _check_data(config, data, checkpoint, log)
         total_steps = total_steps or saved["schedule"]["total_steps"]
         vocab_size = vocab_size or saved["model"]["vocab_size"]
