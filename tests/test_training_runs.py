@@ -227,8 +227,10 @@ def test_runs_and_sweeps_have_folders_of_their_own(text, tmp_path):
 
 
 def test_resume_refuses_other_settings_by_name(text, reference):
-    result = run(["train.py", *settings(text, reference, "max_steps=99", "optim.lr=0.5", "seq_len=16")])
+    more = ["max_steps=99", "optim.lr=0.5", "seq_len=16", "data.max_documents=7"]
+    result = run(["train.py", *settings(text, reference, *more)])
     assert result.returncode == 2
+    assert "data.max_documents=7 (run: None)" in result.stderr
     assert "optim.lr=0.5 (run: 0.003)" in result.stderr
     assert "seq_len=16 (run: 32)" in result.stderr
     assert "prepared" not in result.stderr  # a large text would take hours
