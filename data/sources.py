@@ -225,7 +225,7 @@ def _text_of_line(line: bytes, path: Path, number: int, offset: int, text_field:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}:{number} is not valid JSON: {str(error)[:80]}") from None
     fields = row if isinstance(row, dict) else {}
-    return _check_text(fields.get(text_field, MISSING), f"{path}:{number}", text_field, list(fields))
+    return _check_text(fields.get(text_field, MISSING), f"{path}:{number}", text_field, fields)
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
@@ -338,7 +338,7 @@ def _open_hub(config: DataConfig, split: str) -> Source:
             for number, row in enumerate(rows, 1):
                 where = f"{config.name}:{number}"
                 text = row.get(config.text_field, MISSING)
-                yield Document(_check_text(text, where, config.text_field), where)
+                yield Document(_check_text(text, where, config.text_field, row), where)
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, DataError):
                 raise

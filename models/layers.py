@@ -184,5 +184,5 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
     """x times a factor () in fp32, rounded once: a GPU would round the factor itself to x's dtype before."""
     scaled = torch.empty_like(x)
     for result, rows in zip(scaled.split(SCALED_ROWS), x.split(SCALED_ROWS), strict=True):
-        result.copy_(rows.float().mul_(factor))
+        result.copy_(rows.float() * factor)
     return scaled

@@ -97,10 +97,12 @@ def _memory(config: PlanConfig, per_gpu: int) -> str:
     if largest:
         lines += [f"  {'largest micro-batch':<24}{largest:>18}  sequences of the {per_gpu} a step"]
     else:
-        engine, longer = config.engine, config.seq_len > 32768
+        engine, chunk = config.engine, 32768
         ways = ["optim=adamw_8bit"] if config.optim.name != "adamw_8bit" else []
         ways += ["model.activation_checkpointing=selective or full"]
-        ways += ["engine.sequence_chunk=32768"] if longer and not engine.sequence_chunk else []
+        ways += (
+            [f"engine.sequence_chunk={chunk}"] if 0 == engine.sequence_chunk < chunk < config.seq_len else []
+        )
         ways += [] if engine.offloads else [f"engine=zero{max(engine.zero_stage, 2)}_offload"]
         ways += ["a shorter seq_len", "more GPUs with engine=zero3"]
         lines += [

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.errors import DataError
-from data.loader import Prefetcher, TrainLoader, epoch_keys, permute
+from data.loader import Batch, Prefetcher, TrainLoader, epoch_keys, permute
 from data.shards import TokenSplit
 
 SEQ_LEN = 16
@@ -214,3 +214,9 @@ def test_prefetch_works_ahead():
     with Prefetcher(items(), depth=1) as reader:
         assert second_is_made.wait(10)
         assert list(reader) == [1, 2]
+
+
+def test_squared_lengths_are_those_of_documents_or_of_whole_sequences():
+    tokens = torch.zeros(1, 12, dtype=torch.int64)
+    assert Batch(tokens, tokens, torch.tensor([0, 2, 2, 12])).sum_of_squared_lengths() == 4 + 100
+    assert Batch(tokens.view(3, 4), tokens.view(3, 4), None).sum_of_squared_lengths() == 3 * 16

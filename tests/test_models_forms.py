@@ -12,7 +12,7 @@ import models.layers
 from models.attention import LRPE
 from models.config import ModelConfig
 from models.generation import SamplingConfig, generate
-from models.layers import LMHead
+from models.layers import LinearCrossEntropy, LMHead
 from models.transnormer import PREFILL_TOKENS, DecodeState, TransNormer
 
 VARIANTS = {
@@ -283,3 +283,11 @@ def test_an_embedding_sums_its_gradient_in_fp32():
     gradient = torch.rand(1, 4096, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     embedding(tokens, torch.bfloat16).backward(gradient)
     close(embedding.weight.grad[0].float(), gradient[0].double().sum(0), tolerance=4e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_s_gradient_can_be_taken_twice(dtype):
+    x, weight = (torch.randn(5, 8).to(dtype).requires_grad_() for _ in range(2))
+    loss = LinearCrossEntropy.apply(x, weight, torch.tensor([0, 1, -100, 3, 4])) / 3
+    first, second = (torch.autograd.grad(loss, (x, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -101,6 +101,15 @@ def test_the_report_compares_with_one_gpu_and_marks_missed_goals(made_up):
     assert (folder / "plot.png").stat().st_size > 10_000
 
 
+def test_a_step_without_a_loss_is_as_far_from_one_gpu_s_as_can_be(made_up):
+    folder, sweeps, points, kill = made_up
+    metrics = next((folder / "gpus_2" / "points").glob("*zero2*")) / "metrics.jsonl"
+    metrics.write_text("\n".join(metrics.read_text().splitlines()[:-1]) + "\n")
+    write_multi_gpu_report(folder, sweeps, points, kill)
+    (row,) = (line for line in (folder / "table.md").read_text().splitlines() if "| 2 | zero2 |" in line)
+    assert "| inf ✗ |" in row
+
+
 def test_the_report_says_how_the_kill_test_went(made_up):
     folder, sweeps, points, kill = made_up
     write_run(folder / "kill" / "run", [4.0, 3.003, 2.005, 1.0])

@@ -54,6 +54,8 @@ with open(os.path.join(folder, "metrics.jsonl"), "w") as file:
         line = {"step": step, "tokens": step, "loss": 5.0 - step, "grad_norm": 1.0, "lr": 0.1, "mfu": 0.25,
                 "tokens_per_second": speed, "step_ms": 10.0 * step, "peak_memory_gib": 2.0 + step}
         file.write(json.dumps(line) + "\\n")
+if kind == "diverged":
+    open(os.path.join(folder, "metrics.jsonl"), "a").write('{"step": 4, "skipped": true}')
 if kind == "saving":
     time.sleep(600)
 """
@@ -392,6 +394,12 @@ def test_after_a_sigkill_the_left_over_point_is_ended_and_run_again(tmp_path):
 
 
 # Results
+
+
+def test_a_point_whose_last_step_was_skipped_has_failed(tmp_path):
+    (record,) = run(tmp_path, definition(seq_lens=[64]), {"tnl-tiny": "diverged"}).records.values()
+    assert (record["status"], record["measured"]) == ("failed", None)
+    assert record["error"].startswith("diverged")
 
 
 def test_measurements_leave_out_the_first_steps(tmp_path):

@@ -191,3 +191,9 @@ def test_gpus_by_name():
     assert find_gpu("NVIDIA H100 PCIe") == find_gpu("h100-pcie") == "H100 PCIe"
     assert find_gpu("NVIDIA GeForce RTX 4090") == find_gpu("rtx-4090") == "RTX 4090"
     assert find_gpu("abacus") is None
+
+
+def test_with_many_ranks_the_peak_is_the_start_which_holds_all_weights():
+    config = settings("model=tnl-65b", "model.vocab_size=64000", "seq_len=64", "engine=zero3")
+    parts = memory_parts(config, 1024, 1)
+    assert list(parts.values()) == [2 * config.model.num_parameters()]

@@ -226,6 +226,16 @@ def test_runs_and_sweeps_have_folders_of_their_own(text, tmp_path):
         assert len(result.stderr.strip().splitlines()) == 1
 
 
+def test_a_restart_by_torchrun_goes_on_in_spite_of_resume_never(text, tmp_path):
+    command = ["train.py", *settings(text, tmp_path / "run", "max_steps=2", "resume=never")]
+    assert run(command).returncode == 0
+    assert run(command).returncode == 2
+    again = run(command, TORCHELASTIC_RESTART_COUNT="1")
+    assert again.returncode == 0, again.stderr
+    assert "going on, in spite of resume=never" in again.stderr
+    assert "finished at step 2" in again.stderr
+
+
 def test_resume_refuses_other_settings_by_name(text, reference):
     more = ["max_steps=99", "optim.lr=0.5", "seq_len=16", "data.max_documents=7"]
     result = run(["train.py", *settings(text, reference, *more)])

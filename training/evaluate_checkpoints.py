@@ -310,9 +310,9 @@ def _show(config: EvalConfig, evaluations: list[Evaluation], world: World) -> No
     homes = {home.path: home for home, _ in evaluations}
     rows = []
     for home, content in evaluations:
-        several = len(homes) > 1 and home.checkpoints.is_dir()  # others are called by their folder anyway
-        prefix = f"{home.path.name} " if several else ""
-        rows += [(prefix + first, *others) for first, *others in evaluation_rows(content)]
+        name = home.path.name
+        for first, *others in evaluation_rows(content):
+            rows.append((f"{name} {first}" if len(homes) > 1 and first != name else first, *others))
     with reader_may_leave():
         print(f"window={config.window}: {WINDOW_RULES[config.window]}")
         print(aligned_table(EVALUATION_COLUMNS, rows))

@@ -67,6 +67,8 @@ def train(config: TrainConfig, interrupt: Interrupt) -> int:
     folder = RunFolder(config.run_dir)
     if distributed.is_restart() and config.resume == "never":
         config = replace(config, resume="auto")
+        if distributed.is_first():
+            print("started again by torchrun: going on, in spite of resume=never", file=sys.stderr)
     try:
         distributed.check_launcher()
         with interrupt.at_once():
@@ -291,7 +293,6 @@ class Trainer:
         num_tokens = (last_sequence - first_sequence) * config.seq_len
         self.timed_seconds += time.perf_counter() - start
         self.timed_tokens += num_tokens
-        self.timed_share += sum(batch.tokens.numel() for batch in batches)
         self.timed_squares += sum(batch.sum_of_squared_lengths() for batch in batches)
         self.timed_steps += 1
         state.step += 1
@@ -309,7 +310,7 @@ class Trainer:
 
     def _start_timing(self) -> None:
         self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
-        self.timed_share, self.timed_squares = 0, 0  # this rank's tokens, squared lengths of its documents
+        self.timed_squares = 0  # squared lengths of this rank's documents
 
     @contextlib.contextmanager
     def _first_compilation(self) -> Iterator[Callable[[], None]]:
@@ -317,15 +318,14 @@ class Trainer:
 
         A request to stop ends the process meanwhile, if this step's checkpoint is there.
         """
-        progress = partial(self.watchdog.progress, self.state.step, "training step")
-        if self.engine.compiles() and self.state.step == self.first_step:
-            limit_seconds = 60 * self.config.engine.timeout_minutes
-            progress = partial(
-                self.watchdog.progress, self.state.step, "first step, compiling", limit_seconds
-            )
+        step, phase, limit_seconds = self.state.step, "training step", 0.0
+        compiling = self.engine.compiles() and step == self.first_step
+        if compiling:
+            phase, limit_seconds = "first step, compiling", 60 * self.config.engine.timeout_minutes
+        progress = partial(self.watchdog.progress, step, phase, limit_seconds)
         progress()
-        is_saved = self.first_step == self.state.step == self.saved_step
-        with self.interrupt.at_once() if self.engine.compiles() and is_saved else contextlib.nullcontext():
+        loses_nothing = compiling and step == self.saved_step
+        with self.interrupt.at_once() if loses_nothing else contextlib.nullcontext():
             yield progress
 
     def _is_spike(self, result: StepResult) -> bool:
@@ -371,7 +371,7 @@ class Trainer:
         state, config = self.state, self.config
         step_seconds = self.timed_seconds / self.timed_steps
         speed = self.timed_tokens / self.timed_seconds
-        mean_length = self.timed_squares / self.timed_share
+        mean_length = self.timed_squares * self.world.size / self.timed_tokens  # ranks have equal shares
         flops_per_second = speed * config.model.flops_per_token(mean_length)
         line = {
             "step": state.step,

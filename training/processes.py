@@ -5,6 +5,7 @@ Read from /proc, so on Linux only; elsewhere nothing is known and nobody is take
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,15 +43,15 @@ class Process:
         return status is not None and status.started == self.started and status.state in "Tt"
 
 
+@functools.cache
 def pid_space() -> str:
     """Names what this process's numbers belong to: one boot of one host, and a container's own count there.
 
     Containers, and copies of a machine, may share a host name.
     """
     try:
-        return (
-            f"{(PROC / 'sys/kernel/random/boot_id').read_text().strip()} {(PROC / 'self/ns/pid').readlink()}"
-        )
+        boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {(PROC / 'self/ns/pid').readlink()}"
     except OSError:
         return ""
 

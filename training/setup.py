@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data.loader import TrainLoader
 from data.prepare import PreparedData, prepare
@@ -62,13 +63,14 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Ru
     if not world.is_first:  # the first rank's hashes are enough
         config = replace(config, data=replace(config.data, verify="quick"))
     checkpoint = find_checkpoint(config.resume, folder, world, log)
+    saved = None
     if checkpoint is not None:  # before data is prepared that the run may not have
-        world.on_all(partial(_check_settings, config, checkpoint))
+        saved = world.on_all(partial(_saved_settings, config, checkpoint))
     data = world.on_all(partial(prepare, config.data, config.tokenizer, log=log))
     times.append(time.perf_counter())
     if checkpoint is None and config.resume != "never" and world.on_first(folder.holds_run):
         log(f"{folder.path} holds a run without a checkpoint: it starts again, and its metrics with it")
-    config = world.on_all(partial(_settle, config, data, checkpoint, log))
+    config = world.on_all(partial(_settle, config, data, checkpoint, saved, log))
     loader = world.on_all(partial(_make_loader, config, data))
     state = _initial_state(config, checkpoint, world)
     if state.step >= config.max_steps and world.on_first(lambda: _is_evaluated(folder, data, state.step)):
@@ -123,19 +125,26 @@ def find_checkpoint(resume: str, folder: RunFolder, world: World, log: Log) -> C
     return newest
 
 
-def _check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """Refuse settings that differ from the resumed run's where they may not.
+def _saved_settings(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings of the run that is resumed.
 
     Raises:
-        SettingError: lists them.
+        SettingError: lists the new ones that differ where they may not.
     """
     saved = load_saved_config(checkpoint.folder / "config.yaml")
     if saved.get("micro_batch_size") == "auto":
         saved["micro_batch_size"] = saved_state(checkpoint).micro_batch_size
     check_resumable(config, saved, checkpoint.folder)
+    return saved
 
 
-def _settle(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | None, log: Log) -> TrainConfig:
+def _settle(
+    config: TrainConfig,
+    data: PreparedData,
+    checkpoint: Checkpoint | None,
+    saved: dict[str, Any] | None,
+    log: Log,
+) -> TrainConfig:
     """Fill in what the settings leave open, from the run that is resumed, the data, or the model's width.
 
     Raises:
@@ -144,8 +153,7 @@ def _settle(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | No
     total_steps = config.schedule.total_steps
     vocab_size = config.model.vocab_size
     lr = config.optim.lr
-    if checkpoint is not None:
-        saved = load_saved_config(checkpoint.folder / "config.yaml")
+    if checkpoint is not None and saved is not None:
         _check_data(config, data, checkpoint, log)
         total_steps = total_steps or saved["schedule"]["total_steps"]
         vocab_size = vocab_size or saved["model"]["vocab_size"]

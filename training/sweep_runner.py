@@ -227,10 +227,10 @@ class Runner:
         tail = last_lines(folder.with_name(f"{job.point.name}.log"))
         measured = measure(folder, self.sweep)
         error = None
-        if code == 0 and measured is not None and measured["loss"] is None:
-            status, error = "failed", "loss or gradient of the last step is not finite: the run has diverged"
-        elif code == 0 and measured is not None:
+        if code == 0 and measured is not None:
             status = "done"
+            if measured["loss"] is None:
+                status, error = "failed", "diverged: loss or gradient of the last step is not finite"
         elif self.stop_signal is not None or code == EXIT_PREEMPTED:
             status = "stopped"
         elif reasons := [line for line in tail if any(sign in line for sign in OUT_OF_MEMORY)]:
