@@ -208,6 +208,17 @@ def test_a_rank_is_killed_and_the_run_goes_on_with_fewer_and_with_all(tmp_path, 
     assert main(config) == 0  # all is done
     assert len(started) == 5
 
+    result = tmp_path / "kill" / "kill.json"  # as if stopped in the second leg
+    known = json.loads(result.read_text())
+    result.write_text(json.dumps(known | {"legs": known["legs"][:1]}))
+    for step in (6, 9):
+        (tmp_path / "kill" / "run" / "checkpoints" / f"step_{step:08d}").rmdir()
+    assert main(config) == 0
+    assert started[5:] == started[1:5]
+    assert_killed_and_resumed(tmp_path)
+    with pytest.raises(SettingError, match="holds the test of another run"):
+        main(MultiGpuConfig(run_dir=str(tmp_path), **KILLED | {"kill_after": 4, "steps": 10}))
+
 
 @pytest.mark.slow
 def test_a_load_is_compared_with_its_files_on_every_rank(text, tmp_path):

@@ -21,7 +21,7 @@ from typing import Any
 from data.files import read_json_object, write_json
 from training.checkpoint import list_checkpoints, step_of
 from training.config import override
-from training.errors import EXIT_PREEMPTED
+from training.errors import EXIT_PREEMPTED, SettingError
 from training.metrics import last_step, read_metrics
 from training.run_folder import RunFolder
 from training.sweep import Point
@@ -66,19 +66,28 @@ class RankKill:
 
     @property
     def result(self) -> dict[str, Any]:
-        """What is known so far: `legs`, one dictionary each, and `error` if one failed."""
+        """What is known so far: `settings`, `legs`, one dictionary each, and `error` if one failed."""
         path = self.folder / "kill.json"
         return read_json_object(path, RESULT_LIMIT_BYTES) if path.exists() else {"legs": []}
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"num_gpus": self.num_gpus, "kill_after": self.kill_after, "run": self.point.values}
 
     def curve(self) -> dict[int, float]:
         """Step to loss of the run that was killed and resumed."""
         return losses(self.folder / "run")
 
     def run(self, changed: Callable[[], None]) -> int:
-        """Run all legs, unless that is done; 0, or 1 if one failed. `changed` is called after each leg.
+        """Run the legs that are missing; 0, or 1 if one failed. `changed` is called after each leg.
 
         SIGTERM ends the run of the leg at once, and this process with 75.
+
+        Raises:
+            SettingError: the folder holds the test of a run with other settings.
         """
+        if self.result.get("settings", self._settings) != self._settings:
+            raise SettingError(f"{self.folder} holds the test of another run: choose another run_dir.")
         if len(self.result["legs"]) == 3:
             return 0
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_PREEMPTED))
@@ -98,8 +107,8 @@ class RankKill:
             lambda: self._resumed_leg("fewer", fewer, devices[:fewer], self.kill_after),
             lambda: self._resumed_leg("more", self.num_gpus, devices, last),
         ]
-        result: dict[str, Any] = {"legs": [], "error": None}
-        for leg in legs:
+        result = {"settings": self._settings, "legs": self.result["legs"], "error": None}
+        for leg in legs[len(result["legs"]) :]:
             try:
                 result["legs"].append(leg())
             except LegFailed as error:
