@@ -131,19 +131,20 @@ def start_product(a, b, M: gl.constexpr, N: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def start_adding_rows(state, a, b, decay, weight, scale, layout: gl.constexpr, SPLIT: gl.constexpr):
+def start_adding_rows(state, a, b, decay, weight, scale, kept, layout: gl.constexpr, SPLIT: gl.constexpr):
     """decay · state + Σ_i (weight_i / scale) a_iᵀ b_i; a [C, rows of the state], b [C, its columns], shared.
 
-    Rounding weight · a to 16 bits costs as much accuracy as rounding the output does. With SPLIT the rows
-    are added once without a weight, exactly, and once with the small rest, weight / scale - 1.
+    SPLIT as in add_rows of kernels/triton_kernels.py, where `kept` is 1. A chunk with rows of other packed
+    sequences has 0: their sum, which may be much larger, is dropped again, with the state, whose decay is 0
+    there, and the rows are added with their whole weight.
     """
     at = a.permute((1, 0))
     state *= decay
     if SPLIT:
         state = warpgroup_mma(at, b, state, is_async=True)
-        weight = weight / scale - 1.0
+        weight = weight / scale - kept
     weighted = (at.load(layout).to(gl.float32) * weight[None, :]).to(a.dtype)
-    return warpgroup_mma(weighted, b, state, is_async=True)
+    return warpgroup_mma(weighted, b, state, use_acc=kept > 0 if SPLIT else True, is_async=True)
 
 
 @gluon.jit
@@ -254,11 +255,12 @@ def walk_chunks(
         signal(p_ready.index(n % 2))
         b_o = start_product(q, s_state.permute((1, 0)), C, HALF, o_layout)
         to_end = decay_powers(log2_decay, num_rows - 1 - o_c)
-        decay = gl.exp2(log2_decay * num_rows)
+        decay, kept = gl.exp2(log2_decay * num_rows), 1.0
         if starts is not None:
             to_end = gl.where(o_c >= start_last, to_end, 0.0)
             decay = gl.where(start_last < 0, decay, 0.0)
-        state = start_adding_rows(state, v, k, decay, to_end, scale, s_operand, SPLIT)
+            kept = gl.where(start_last <= 0, 1.0, 0.0)
+        state = start_adding_rows(state, v, k, decay, to_end, scale, kept, s_operand, SPLIT)
         b_o = warpgroup_mma_wait(2 if SPLIT else 1, deps=(b_o,)) * b_through[:, None]
         own, other = v.slice(GROUP * ROWS, ROWS, 0), v.slice((1 - GROUP) * ROWS, ROWS, 0)
         b_o = warpgroup_mma(gl.convert_layout(b_p, p_operand), own, b_o, is_async=True)
@@ -373,14 +375,15 @@ def gradient_chunks(
         b_out = start_product(x, copy.permute((1, 0)) if GROUP else copy, C, D, layout)
         b_p = (warpgroup_mma_wait(1, deps=(b_p,)) * b_weight).to(dtype)
         to_end = decay_powers(log2_decay, num_rows - 1 - o_out) * scale
-        decay = gl.exp2(log2_decay * num_rows)
+        decay, kept = gl.exp2(log2_decay * num_rows), 1.0
         if starts is not None:
             to_end = gl.where(o_out >= start_last, to_end, 0.0)
             decay = gl.where(start_last < 0, decay, 0.0)
+            kept = gl.where(start_last < 0, 1.0, 0.0)
         b_out = warpgroup_mma_wait(0, deps=(b_out,)) * to_end[:, None]
         b_out = warpgroup_mma(gl.convert_layout(b_p, operand), z, b_out, is_async=True)
         q, do = s_q.index(stage).slice(OFFSET, HALF, 1), s_do.index(stage)
-        e = start_adding_rows(e, q, do, decay, b_through, scale, operand, SPLIT)
+        e = start_adding_rows(e, q, do, decay, b_through, scale, kept, operand, SPLIT)
         b_out = warpgroup_mma_wait(0, deps=(b_out,))
         e = warpgroup_mma_wait(0, deps=(e,))
         signal(empty.index(stage))

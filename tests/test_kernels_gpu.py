@@ -101,6 +101,23 @@ def test_packed_documents_of_random_length(segments, dtype, Dk, Dv, with_states)
         assert_close(tensors, slopes, cu_seqlens, with_states)
 
 
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("dim", [64, 128])  # on a Hopper one form of the kernels each
+def test_packed_sequences_leave_no_rounding_in_others(dim, segments):
+    """Where weights are split, as at a slope of 0.01; every sequence goes on in the next chunk."""
+    tensors, slopes = make_inputs(1, 500, 2, dim, dim, torch.bfloat16)
+    slopes[:] = torch.tensor([0.01, 1.0])
+    cu_seqlens = torch.tensor([0, 100, 240, 500], dtype=torch.int32, device="cuda")
+    with force(segments=segments):
+        before = run(tensors, slopes, "triton", cu_seqlens, with_states=False)
+        for i in (0, 1, 2, 4):
+            tensors[i][:, 100:240] *= 1000
+        after = run(tensors, slopes, "triton", cu_seqlens, with_states=False)
+    for x, y in zip(before, after, strict=True):
+        assert torch.equal(x[:, :100], y[:, :100])
+        assert torch.equal(x[:, 240:], y[:, 240:])
+
+
 def test_fuzz():
     """Random shapes over a few head dims, since each pair of dims compiles its own kernels."""
     generator = random.Random(0)
