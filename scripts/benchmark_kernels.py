@@ -50,6 +50,7 @@ from kernels.benchmark_timing import (
 )
 from training.config import run_command
 from training.errors import SettingError
+from training.plots import plain_ticks
 from training.tables import csv_text, markdown_table
 
 PARTS = ("all", "correctness", "lengths", "extras", "passes")
@@ -357,7 +358,7 @@ def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
     """Milliseconds over N, log-log, with the floor; forward left, forward + backward right."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
     parts = [
         ("forward", "forward_ms", "forward_of_floor"),
         ("forward + backward", "forward_backward_ms", "forward_backward_of_floor"),
@@ -369,7 +370,11 @@ def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
         ours = [row for row in rows if row.provider == "ours"]
         floor = [getattr(r, ms) * getattr(r, share) for r in ours]
         axes.plot([r.length for r in ours], floor, "k--", label=f"floor at {bandwidth / 1e9:.2f} TB/s")
-        axes.set(title=title, xlabel="N (tokens)", ylabel="ms", xscale="log", yscale="log")
+        axes.set(title=title, xlabel="N (tokens of a sequence)", ylabel="ms", yscale="log")
+        axes.set_xscale("log", base=2)
+        plain_ticks(axes.xaxis)
+        plain_ticks(axes.yaxis)
+        axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
 

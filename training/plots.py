@@ -28,7 +28,7 @@ def plot_loss(path: Path, train: Line, valid: Line) -> None:
         if valid[1]:
             axes.plot(valid[1], valid[2], "o-", color="tab:orange", label=valid[0], markersize=4)
         axes.set(xlabel="training tokens", ylabel="loss (nats per token)", yscale="log")
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
         axes.legend()
 
     _save(path, "Loss", [draw])
@@ -44,7 +44,7 @@ def plot_optimization(path: Path, learning_rate: Line, gradient_norm: Line) -> N
     def draw_norm(axes) -> None:
         _curve(axes, gradient_norm, "tab:purple")
         axes.set(xlabel="training tokens", ylabel="gradient norm", yscale="log")
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
 
     _save(path, "Learning rate and gradient norm", [draw_rate, draw_norm])
 
@@ -68,7 +68,7 @@ def plot_layers(path: Path, grad_norms: list[Line], activation_rms: list[Line]) 
             named = layer if index in (0, len(lines) - 1) else None
             axes.plot(x, y, color=colormaps["viridis"](index / len(lines)), label=named)
         axes.set(xlabel="training tokens", ylabel=label, yscale="log")
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
         axes.legend(fontsize="small")
 
     panels = [
@@ -85,7 +85,7 @@ def plot_perplexity_by_length(path: Path, lines: list[Line]) -> None:
         _lines(axes, lines)
         axes.set(xlabel="sequence length (tokens)", ylabel="perplexity per token")
         axes.set_xscale("log", base=2)
-        _plain_ticks(axes.xaxis)
+        plain_ticks(axes.xaxis)
 
     _save(path, "Perplexity by sequence length", [draw])
 
@@ -97,7 +97,7 @@ def plot_loss_by_position(path: Path, lines: list[Line], trained_seq_len: int | 
         _lines(axes, lines)
         axes.set(xlabel="context (tokens, up to)", ylabel="loss (nats per token)")
         axes.set_xscale("log", base=2)
-        _plain_ticks(axes.xaxis)
+        plain_ticks(axes.xaxis)
         if trained_seq_len:
             axes.axvline(trained_seq_len, color="gray", linestyle=":", label="training length")
         axes.legend(fontsize="small")
@@ -111,7 +111,7 @@ def plot_perplexity_over_tokens(path: Path, lines: list[Line]) -> None:
     def draw(axes) -> None:
         _lines(axes, lines)
         axes.set(xlabel="training tokens", ylabel="perplexity per token", yscale="log")
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
 
     _save(path, "Perplexity of checkpoints", [draw])
 
@@ -133,7 +133,7 @@ def _lines(axes, lines: list[Line]) -> None:
     axes.legend(fontsize="small")
 
 
-def _plain_ticks(axis) -> None:
+def plain_ticks(axis) -> None:
     """Label a logarithmic axis with plain numbers, also between powers of ten as far as there is room."""
     from matplotlib.ticker import FuncFormatter, StrMethodFormatter
 
