@@ -7,7 +7,7 @@ Takes every setting of train.py, and gpu (or gpu_memory_gib), num_gpus, assumed_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from training.config import TrainConfig, reader_may_leave, run_command
 from training.errors import SettingError
@@ -18,6 +18,7 @@ from training.memory import (
     memory_parts,
     predicted_tokens_per_second,
     sequences_per_rank,
+    ways_to_fit,
     with_vocabulary,
 )
 from training.metrics import duration
@@ -97,17 +98,9 @@ def _memory(config: PlanConfig, per_gpu: int) -> str:
     if largest:
         lines += [f"  {'largest micro-batch':<24}{largest:>18}  sequences of the {per_gpu} a step"]
     else:
-        engine, chunk = config.engine, 32768
-        ways = ["optim=adamw_8bit"] if config.optim.name != "adamw_8bit" else []
-        ways += ["model.activation_checkpointing=selective or full"]
-        ways += (
-            [f"engine.sequence_chunk={chunk}"] if 0 == engine.sequence_chunk < chunk < config.seq_len else []
-        )
-        ways += [] if engine.offloads else [f"engine=zero{max(engine.zero_stage, 2)}_offload"]
-        ways += ["a shorter seq_len", "more GPUs with engine=zero3"]
         lines += [
             f"Does not fit: not even one sequence of {config.seq_len} tokens. Try",
-            f"{', '.join(ways[:-1])}, or {ways[-1]}.",
+            f"{ways_to_fit(replace(config, micro_batch_size=1))}.",
         ]
     return "\n".join(lines)
 

@@ -377,6 +377,18 @@ def no_space_for_logs(steps: int) -> None:
     _after_steps(steps, lambda: setattr(metrics, "_append", full))
 
 
+def run_out_of_memory(steps: int) -> None:
+    """Fail as a GPU that has no memory left does."""
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.80 GiB of "
+            "which 1.06 GiB is free. Including non-PyTorch memory, this process has 138.72 GiB in use."
+        )
+
+    _after_steps(steps, fail)
+
+
 def fill_disk(folder: str, left_kib: int, steps: int) -> None:
     """Leave so much space on the disk of a folder."""
     _after_steps(steps, lambda: fill_up(folder, left_kib))

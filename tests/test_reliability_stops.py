@@ -323,3 +323,22 @@ def test_one_of_two_starts_trains_and_a_dead_holder_is_followed_at_once(text, tm
     wait_for(lambda: "resuming at step" in third.stderr(), 30)
     third.signal(signal.SIGTERM, 0)
     assert third.wait() == [75]
+
+
+def test_a_run_out_of_memory_says_what_helps(text, tmp_path):
+    """Before its first checkpoint, and after it, where the same command goes on with what may change."""
+    run_dir = tmp_path / "run"
+    reason = (
+        "error: out of memory on rank 0 (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
+        "capacity of 139.80 GiB of which 1.06 GiB is free). Try "
+    )
+    for steps, advice in (
+        (1, "a smaller micro_batch_size, optim=adamw_8bit, "),
+        (3, "engine=zero2_offload, or more GPUs with engine=zero3, with which the same command goes on"),
+    ):
+        ranks = train(text, run_dir, "max_steps=9", faults={0: [("run_out_of_memory", steps)]})
+        assert ranks.wait() == [2], ranks.stderr()
+        assert ranks.stderr().splitlines()[-1].startswith(reason + advice)
+        assert "Traceback" not in ranks.stderr()
+    assert newest_checkpoint(run_dir / "checkpoints").step == 2
+    assert train(text, run_dir, "max_steps=3", "engine=zero2").wait() == [0]

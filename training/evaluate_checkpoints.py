@@ -30,6 +30,7 @@ from training.distributed import World
 from training.errors import SettingError
 from training.evaluation import WINDOWS, EvalResult, evaluate, resolve_stride
 from training.evaluation_text import Text, check_tokenizer, open_text
+from training.memory import is_out_of_memory
 from training.report import (
     EVALUATION_COLUMNS,
     draw_evaluations,
@@ -242,11 +243,6 @@ class _Guarded:
             if world.device.type == "cuda":
                 torch.cuda.empty_cache()
             raise SettingError(f"{point}: out of memory. Use a shorter length, or a smaller batch_tokens.")
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU or the CPU had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _score(

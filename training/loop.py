@@ -11,6 +11,7 @@ Ranks act together: a request to stop, and an error of one rank, take effect whe
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import sys
 import time
@@ -36,9 +37,10 @@ from training.checkpoint import NonFiniteError, remove_old, save_checkpoint
 from training.config import TrainConfig, save_config
 from training.distributed import World
 from training.engine import Fragment, StepResult
-from training.errors import EXIT_FAILED, EXIT_PREEMPTED
+from training.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from training.evaluation import documents_of, evaluate
 from training.interrupt import Interrupt, StopRequested
+from training.memory import is_out_of_memory, ways_to_fit
 from training.metrics import Console, MetricsFile, WandbRun, last_step, peak_flops, peak_memory_gib
 from training.optimizer import learning_rate, ramped
 from training.report import write_run_report
@@ -89,6 +91,11 @@ def train(config: TrainConfig, interrupt: Interrupt) -> int:
                 file=sys.stderr,
             )
         return EXIT_FAILED
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: {_out_of_memory(error, config, folder)}", file=sys.stderr)
+        return EXIT_USER_ERROR
     finally:
         folder.unlock()
         interrupt.close()
@@ -99,6 +106,15 @@ def _how_to_go_on(config: TrainConfig) -> str:
     if config.resume == "never":  # the same command would refuse the run, or delete it
         return "run it with resume=auto to go on"
     return "run the same command to go on"
+
+
+def _out_of_memory(error: BaseException, config: TrainConfig, folder: RunFolder) -> str:
+    """Where, how much was asked for, and what to do."""
+    reason = ". ".join(str(error).split(". ")[:3])  # PyTorch's goes on about its allocator
+    started = folder.has_checkpoint()
+    rest = ", with which the same command goes on from the last checkpoint" if started else ""
+    rank = os.environ.get("RANK", "0")
+    return f"out of memory on rank {rank} ({reason}). Try {ways_to_fit(config, started)}{rest}."
 
 
 def _train(

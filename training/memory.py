@@ -25,6 +25,9 @@ CPU_MICRO_BATCH_TOKENS = 8192  # larger micro-batches gain nothing on a CPU
 USABLE_SHARE = 0.9  # of a GPU's memory: the rest is CUDA's context and fragmentation
 BUCKET_ELEMENTS = 5e8  # DeepSpeed's buffer for gradients on their way to their owner, stages 2 and 3
 LIVE_PARAMETERS = 1e9  # whole weights that stage 3 may hold at once
+CHUNK_TOKENS = 32768  # what is suggested for engine.sequence_chunk
+# What errors say where a GPU or the CPU has no memory left.
+OUT_OF_MEMORY = ("MemoryError", "out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
 # The ZeRO stage from which each part is divided among the ranks.
 SHARDED_FROM_STAGE = {"masters": 1, "moments": 1, "sums": 2, "gradients": 3, "weights": 3}
 
@@ -193,6 +196,31 @@ def memory_parts(config: TrainConfig, num_ranks: int, micro_batch_size: int) -> 
     # also at stage 3, which then shares them out
     start = {"weights, all at first": float(element * config.model.num_parameters())}
     return max(backward, update, start, key=lambda parts: sum(parts.values()))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the CPU had no memory left."""
+    text = f"{type(error).__name__}: {error}"
+    return any(words in text for words in OUT_OF_MEMORY)
+
+
+def ways_to_fit(config: TrainConfig, is_started: bool = False) -> str:
+    """What to try where a run does not fit; of one that is started, what may still change."""
+    engine, model, sequences = config.engine, config.model, config.micro_batch_size
+    ways = []
+    if not is_started:
+        ways += ["a smaller micro_batch_size"] if sequences != 1 else []
+        ways += ["optim=adamw_8bit"] if config.optim.name != "adamw_8bit" else []
+        ways += ["model.activation_checkpointing=selective or full"]
+    longest = config.seq_len * (1 if sequences == "auto" else sequences)
+    has_states = model.attention == "lightning" and not model.softmax_every and not model.dropout
+    if has_states and engine.sequence_chunk == 0 and longest > CHUNK_TOKENS:
+        ways += [f"engine.sequence_chunk={CHUNK_TOKENS}"]
+    if not engine.offloads and config.optim.name != "muon":
+        ways += [f"engine=zero{max(engine.zero_stage, 2)}_offload"]
+    ways += [] if is_started else ["a shorter seq_len"]
+    *others, last = [*ways, "more GPUs with engine=zero3"]
+    return f"{', '.join(others)}, or {last}" if others else last
 
 
 def largest_micro_batch(config: TrainConfig, num_ranks: int, memory_bytes: float) -> int:

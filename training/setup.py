@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from data.loader import TrainLoader
 from data.prepare import PreparedData, prepare
 from models.transnormer import TransNormer
@@ -27,7 +29,7 @@ from training.config import TrainConfig, check_resumable, load_saved_config
 from training.distributed import World
 from training.engine import Engine
 from training.errors import SettingError
-from training.memory import resolve_micro_batch
+from training.memory import resolve_micro_batch, state_parts
 from training.metrics import last_step
 from training.optimizer import default_lr
 from training.run_folder import RunFolder
@@ -77,6 +79,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Ru
         log(f"{folder.path}: finished at step {state.step}; raise max_steps to train on.")
         return None
     world.on_first(lambda: _check_space(config, folder, state))
+    world.on_all(partial(_check_memory, config, world))
     model = world.on_all(partial(_make_model, config, data, checkpoint))
     times.append(time.perf_counter())
     engine = Engine(
@@ -248,6 +251,25 @@ def _check_space(config: TrainConfig, folder: RunFolder, state: RunState) -> Non
             f"run_dir={folder.path}: {_in_words(free)} are free, and its checkpoints need "
             f"{_in_words(needed)} more ({max(most - kept, 1)} of {_in_words(size)}). "
             "Free some space, lower keep_checkpoints, or choose another run_dir."
+        )
+
+
+def _check_memory(config: TrainConfig, world: World) -> None:
+    """Refuse a model on a CPU whose memory can't hold it: the system would end the process without a word.
+
+    Raises:
+        SettingError: how much is free and how much is needed at least.
+    """
+    if world.device.type != "cpu":
+        return
+    parts = state_parts(config, world.size)
+    needed = sum(size for name, size in parts.items() if name != "communication buffers")
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    if free < needed:
+        raise SettingError(
+            f"model={config.model.name} needs {_in_words(int(needed))} of memory for its weights, gradients and "
+            f"optimizer alone, and {_in_words(free)} are free. Choose a smaller model, or train on a GPU "
+            "(python -m scripts.plan says what fits)."
         )
 
 

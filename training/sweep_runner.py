@@ -23,6 +23,7 @@ import torch
 from training.config import override
 from training.distributed import free_port
 from training.errors import EXIT_PREEMPTED, SettingError
+from training.memory import OUT_OF_MEMORY
 from training.metrics import last_step
 from training.run_folder import RunFolder
 from training.sweep import Manifest, Point, SweepDefinition, measure
@@ -34,7 +35,6 @@ STOP_SECONDS = 60.0  # from SIGTERM to SIGKILL; DeepSpeed's launcher gives its w
 FREE_SHARE = 0.95  # a GPU with this much of its memory free is nobody else's
 TAIL_BYTES = 64 * 2**10  # of a log, where the reason of a failure is looked for
 TAIL_LINES = 5
-OUT_OF_MEMORY = ("MemoryError", "out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @dataclass(frozen=True, slots=True)
