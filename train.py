@@ -19,7 +19,7 @@ import sys
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports, which take seconds: no traceback
 
-from training.config import TrainConfig, command_line, compose, fail, run_command, sweep_points
+from training.config import TrainConfig, command_line, compose, fail, run_command, split_setting, sweep_points
 from training.errors import EXIT_PREEMPTED, USER_ERRORS, SettingError
 from training.interrupt import Interrupt
 
@@ -42,11 +42,11 @@ def multirun(arguments: list[str]) -> int:
     if len(points) == 1:
         raise SettingError("-m needs a setting with several values, as seq_len=1024,2048.")
     configs = [compose(TrainConfig, point, "train") for point in points]
-    swept = [key for key in points[0] if any(key not in point for point in points)]
-    names = [setting.split("=", 1)[0] for setting in swept]
+    swept = [setting for setting in points[0] if any(setting not in point for point in points)]
+    keys = [split_setting(setting)[0] for setting in swept]
     run_dirs = []
     for point, config in zip(points, configs, strict=True):
-        chosen = [setting for setting in point if setting.split("=", 1)[0] in names]
+        chosen = [setting for setting in point if split_setting(setting)[0] in keys]
         run_dirs.append(os.path.join(config.run_dir, folder_name(chosen)))
         if run_dirs[-1] in run_dirs[:-1]:
             raise SettingError(f"two points would share the run folder {run_dirs[-1]}: run them one by one.")

@@ -22,6 +22,7 @@ from data.errors import DataError
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # some network file systems
 TEMPORARY_SUFFIX = ".tmp"
 LOCK_POLL_SECONDS = 0.1
 
@@ -169,7 +170,7 @@ def _try_lock(path: Path) -> int | None:
         pass
     except OSError as error:
         os.close(descriptor)
-        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+        if error.errno in CANNOT_LOCK:
             raise DataError(
                 f"{path} can't be locked ({error.strerror}): choose a data.cache_dir on another file system"
             ) from None

@@ -162,32 +162,10 @@ def _open_binary(path: Path) -> io.BufferedIOBase:
     if compression == ".xz":
         return lzma.open(path, "rb")
     if compression == ".zst":
-        import zstandard
+        import pyarrow  # zstandard's own reader takes a file that is cut off for a shorter one
 
-        return io.BufferedReader(_ZstandardReader(zstandard, path))
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path), "rb"), "zstd"))
     return open(path, "rb")
-
-
-class _ZstandardReader(io.RawIOBase):
-    """All frames of a .zst file as a raw stream, with errors as OSError."""
-
-    def __init__(self, zstandard, path: Path):
-        self._file = open(path, "rb")  # noqa: SIM115
-        self._error = zstandard.ZstdError
-        self._reader = zstandard.ZstdDecompressor().stream_reader(self._file, read_across_frames=True)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        try:
-            return self._reader.readinto(buffer)
-        except self._error as error:
-            raise OSError(str(error)) from None
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def _read_whole(path: Path) -> bytes:

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 from tokenizers import (
     AddedToken,
     Regex,
@@ -40,7 +41,7 @@ from data.tokenizer import (
 from data.tokenizer import Tokenizer as OurTokenizer
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")  # ids 0 to 3 of the tokenizers that have no pieces of their own
-NORMAL, USER_DEFINED = 1, 4  # types of SentencePiece's pieces
+NORMAL, USER_DEFINED = ModelProto.SentencePiece.NORMAL, ModelProto.SentencePiece.USER_DEFINED
 NEVER = -1e4  # unigram score of a piece that is not text, below any spelling of it
 
 
@@ -113,10 +114,8 @@ def user_defined(tokenizer: OurTokenizer) -> list[str]:
 
 @lru_cache(maxsize=1)  # asked for several times in an export, of up to some 100,000 pieces
 def _types(processor: SentencePieceProcessor) -> list[int]:
-    """The type of each piece; read from the model's protobuf, whose field 1 are pieces with it in field 3."""
-    fields = _fields(processor.serialized_model_proto())
-    pieces = [dict(_fields(value)) for number, value in fields if number == 1 and isinstance(value, bytes)]
-    return [int(piece.get(3, NORMAL)) for piece in pieces]
+    """The type of each piece, which only the model's protobuf says."""
+    return [piece.type for piece in ModelProto.FromString(processor.serialized_model_proto()).pieces]
 
 
 def _cut_out(tokenizer: SentencePieceTokenizer) -> list[str]:
@@ -200,46 +199,13 @@ def _lone_starts(pieces: list[str], is_text: list[bool]) -> str:
 
 
 def _own_normalizers(model: bytes) -> Iterator[normalizers.Normalizer]:
-    """What a SentencePiece model does to a text itself: its table of replacements, and spaces taken out.
-
-    Read from its protobuf: field 3 of the model is the normalizer, whose field 2 is the table and field 4
-    `remove_extra_whitespaces`, on unless it says otherwise.
-    """
-    spec = b"".join(value for number, value in _fields(model) if number == 3 and isinstance(value, bytes))
-    fields = dict(_fields(spec))
-    table = fields.get(2, b"")
-    if table and isinstance(table, bytes):
-        yield normalizers.Precompiled(table)
-    if fields.get(4, 1):
+    """What a SentencePiece model does to a text itself: its table of replacements, and spaces taken out."""
+    spec = ModelProto.FromString(model).normalizer_spec
+    if spec.precompiled_charsmap:
+        yield normalizers.Precompiled(spec.precompiled_charsmap)
+    if spec.remove_extra_whitespaces:
         yield normalizers.Replace(Regex(r"\A +| +\z"), "")
         yield normalizers.Replace(Regex(" {2,}"), " ")
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of each field of a protobuf message that is a number or a string of bytes."""
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = message[position]
-            position += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while position < len(message):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            yield number, varint()
-        elif kind == 2:
-            size = varint()
-            yield number, message[position : position + size]
-            position += size
-        else:  # a fixed number of 8 or 4 bytes
-            position += 8 if kind == 1 else 4
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:

@@ -412,9 +412,10 @@ def main(config: KernelBenchmarkConfig) -> int:
         raise SettingError(f"only={config.only} needs a GPU, and there is none: use only=lengths.")
     providers = installed_providers(device)
     if config.providers:
+        names = [provider.name for provider in providers]
+        if missing := [name for name in config.providers if name not in names]:
+            raise SettingError(f"providers: {missing[0]!r} is not installed. Here are {', '.join(names)}.")
         providers = [p for p in providers if p.name in config.providers]
-        if not providers:
-            raise SettingError(f"providers={config.providers}: none of them is installed.")
     print(f"{device_name(device)}, torch {torch.__version__}, backend {default_backend(device)}")
     extras = config.extras if device == "cuda" and config.only not in ("lengths", "passes") else []
     checks = check_correctness(planned_checks(config, providers, extras, device))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from training.config import TrainConfig, reader_may_leave, run_command
 from training.errors import SettingError
-from training.gpus import GPUS, find_gpu
+from training.gpus import require_gpu
 from training.memory import (
     PlannedConfig,
     largest_micro_batch,
@@ -40,14 +40,7 @@ class PlanConfig(PlannedConfig):
         TrainConfig.__post_init__(self)
         if self.num_gpus < 1:
             raise SettingError(f"num_gpus={self.num_gpus} must be at least 1.")
-        gpu = find_gpu(self.gpu)
-        if gpu is None:
-            names = ", ".join(key.lower().replace(" ", "-") for key in GPUS)
-            raise SettingError(
-                f"gpu={self.gpu} is unknown. Allowed: {names}. "
-                "For another give the nearest of these, and gpu_memory_gib."
-            )
-        self.gpu = gpu
+        self.gpu = require_gpu(self.gpu).name
         for key in ("gpu_memory_gib", "tokens"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise SettingError(f"{key}={getattr(self, key)} must be above 0, or null.")
@@ -79,7 +72,7 @@ def _model(config: PlanConfig) -> str:
 
 def _memory(config: PlanConfig, per_gpu: int) -> str:
     """Memory by part at the micro-batch that is set, or at the largest that fits."""
-    memory_gib = config.gpu_memory_gib or GPUS[config.gpu].memory_gib
+    memory_gib = config.gpu_memory_gib or require_gpu(config.gpu).memory_gib
     largest = largest_micro_batch(config, config.num_gpus, memory_gib * GIB)
     size = max(largest, 1) if config.micro_batch_size == "auto" else config.micro_batch_size
     if per_gpu % size:
@@ -107,7 +100,7 @@ def _memory(config: PlanConfig, per_gpu: int) -> str:
 
 def _time(config: PlanConfig) -> str:
     """Speed at the assumed share of the peak, and the time for the tokens."""
-    peak = GPUS[config.gpu].peak_flops
+    peak = require_gpu(config.gpu).peak_flops
     flops = config.assumed_mfu * peak
     speed = predicted_tokens_per_second(config, config.num_gpus, flops)
     tokens = config.tokens or config.max_steps * config.batch_tokens

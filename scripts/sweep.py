@@ -15,7 +15,7 @@ from pathlib import Path
 
 from training.config import run_command
 from training.errors import SettingError
-from training.gpus import GPUS, find_gpu
+from training.gpus import require_gpu
 from training.sweep import FINISHED, SweepDefinition, expand
 from training.sweep_command import run_sweep
 from training.sweep_forecast import forecast
@@ -45,8 +45,8 @@ class SweepConfig:
             raise SettingError(
                 f"retry={self.retry}: {unknown[0]} is unknown. Allowed: {', '.join(FINISHED)}."
             )
-        if self.gpu is not None and find_gpu(self.gpu) is None:
-            raise SettingError(f"gpu={self.gpu} is unknown. Allowed: {', '.join(GPUS)}, or null.")
+        if self.gpu is not None:
+            require_gpu(self.gpu)
 
 
 def main(config: SweepConfig) -> int:

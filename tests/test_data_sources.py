@@ -122,6 +122,15 @@ def test_archive_bombs_are_refused(tmp_path, monkeypatch, suffix, kind):
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("missing", [3, 20_000])
+def test_a_file_that_is_cut_off_is_refused(tmp_path, suffix, missing):
+    content = COMPRESS[suffix](random.Random(0).randbytes(40_000).hex().encode())
+    (tmp_path / f"a.txt{suffix}").write_bytes(content[:-missing])
+    with pytest.raises(DataError, match=r"can't be read"):
+        read_texts(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
 def test_long_compressed_text_is_read(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(sources, "MAX_LINE_BYTES", 10_000)
     text = random.Random(0).randbytes(20_000).hex()

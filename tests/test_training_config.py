@@ -1,7 +1,7 @@
 """Settings: what is accepted, and that what is refused is refused in one or two helpful lines."""
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import pytest
@@ -23,7 +23,6 @@ from training.config import (
     override,
     save_config,
     sweep_points,
-    to_dict,
 )
 from training.errors import SettingError
 from training.optimizer import ScheduleConfig, default_lr, lr_factor
@@ -97,7 +96,7 @@ def test_settings_reach_their_owners():
 def test_a_saved_config_comes_back_and_nothing_in_it_is_interpreted(tmp_path):
     config = TrainConfig()
     save_config(config, tmp_path / "config.yaml")
-    assert load_saved_config(tmp_path / "config.yaml") == to_dict(config)
+    assert load_saved_config(tmp_path / "config.yaml") == asdict(config)
     (tmp_path / "config.yaml").write_text("run_dir: ${oc.env:HOME}\n")
     assert load_saved_config(tmp_path / "config.yaml") == {"run_dir": "${oc.env:HOME}"}
     (tmp_path / "config.yaml").write_text("a: !!python/object/apply:os.system [false]\n")
@@ -106,7 +105,7 @@ def test_a_saved_config_comes_back_and_nothing_in_it_is_interpreted(tmp_path):
 
 
 def test_a_saved_model_with_unknown_fields_is_refused(tmp_path):
-    saved = to_dict(TrainConfig())
+    saved = asdict(TrainConfig())
     saved["model"]["_target_"] = "os.system"
     with pytest.raises(SettingError, match="_target_"):
         model_config_from(saved, tmp_path)
@@ -114,7 +113,7 @@ def test_a_saved_model_with_unknown_fields_is_refused(tmp_path):
 
 def test_resume_allows_what_may_change_and_names_the_rest():
     config = TrainConfig()
-    saved = to_dict(replace(config, max_steps=7, save_every=3, seed=5, batch_tokens=2048))
+    saved = asdict(replace(config, max_steps=7, save_every=3, seed=5, batch_tokens=2048))
     saved["engine"]["zero_stage"] = 3
     saved["schedule"]["total_steps"] = 7
     saved["model"]["vocab_size"] = 300

@@ -7,7 +7,7 @@ from models.config import ModelConfig
 from models.transnormer import TransNormer
 from training.config import compose
 from training.errors import SettingError
-from training.gpus import find_gpu
+from training.gpus import find_gpu, require_gpu
 from training.memory import (
     PlannedConfig,
     activation_bytes_per_token,
@@ -186,11 +186,32 @@ def test_vocabulary_follows_the_tokenizer():
 
 
 def test_gpus_by_name():
-    assert find_gpu("h200") == find_gpu("NVIDIA H200") == "H200"
-    assert find_gpu("NVIDIA H100 80GB HBM3") == "H100"
-    assert find_gpu("NVIDIA H100 PCIe") == find_gpu("h100-pcie") == "H100 PCIe"
-    assert find_gpu("NVIDIA GeForce RTX 4090") == find_gpu("rtx-4090") == "RTX 4090"
-    assert find_gpu("abacus") is None
+    for known, names in {
+        "H200": ["h200", "NVIDIA H200"],
+        "H100": ["H100", "NVIDIA H100 80GB HBM3"],
+        "H100 PCIe": ["h100-pcie", "NVIDIA H100 PCIe"],
+        "A100": ["a100", "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"],
+        "A100 40GB": ["a100-40gb", "NVIDIA A100-PCIE-40GB"],
+        "RTX 4090": ["rtx-4090", "rtx4090", "NVIDIA GeForce RTX 4090"],
+    }.items():
+        assert [find_gpu(name).name for name in names] == [known] * len(names)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "abacus",
+        "NVIDIA GH200 480GB",
+        "NVIDIA H100 NVL",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+    ],
+)
+def test_other_gpus_are_not_taken_for_those_on_record(name):
+    assert find_gpu(name) is None
+    with pytest.raises(SettingError, match="is not on record: give the nearest of b200, h200, h100-pcie, "):
+        require_gpu(name)
 
 
 def test_with_many_ranks_the_peak_is_the_start_which_holds_all_weights():

@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -409,24 +409,12 @@ def _unknown_setting(key: str, schema: type) -> str:
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted keys of a dataclass (or nested dictionary) and their values."""
     flat: dict[str, Any] = {}
-    if is_dataclass(config):
-        items = [(f.name, getattr(config, f.name)) for f in fields(config)]
-    else:
-        items = list(config.items())
-    for name, value in items:
-        if is_dataclass(value) or isinstance(value, dict):
+    for name, value in (config if isinstance(config, dict) else asdict(config)).items():
+        if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass of settings as nested dictionaries of plain values."""
-    return {
-        f.name: to_dict(value) if is_dataclass(value := getattr(config, f.name)) else value
-        for f in fields(config)
-    }
 
 
 def save_config(config: Any, path: Path) -> None:
@@ -435,7 +423,7 @@ def save_config(config: Any, path: Path) -> None:
     Raises:
         SettingError: they are longer than what is read back.
     """
-    text = yaml.safe_dump(to_dict(config), sort_keys=False).encode()
+    text = yaml.safe_dump(asdict(config), sort_keys=False).encode()
     if len(text) > CONFIG_LIMIT_BYTES:
         longest = max(flatten(config).items(), key=lambda item: len(str(item[1])))[0]
         raise SettingError(

@@ -28,9 +28,10 @@ from training import distributed
 from training.config import load_saved_config, reader_may_leave
 from training.distributed import World
 from training.errors import SettingError
-from training.evaluation import WINDOWS, EvalResult, evaluate, resolve_stride
+from training.evaluation import WINDOWS, evaluate, resolve_stride
 from training.evaluation_text import Text, check_tokenizer, open_text
 from training.memory import is_out_of_memory
+from training.metrics import finite
 from training.report import (
     EVALUATION_COLUMNS,
     draw_evaluations,
@@ -266,15 +267,7 @@ def _score(
         raise SettingError(
             f"{point}: the loss is {result.loss}. The model's weights or activations diverged."
         )
-    return _as_json(result)
-
-
-def _as_json(result: EvalResult) -> dict[str, Any]:
-    """A result as plain values; an infinite perplexity becomes null, since JSON has none."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in asdict(result).items()
-    }
+    return {key: finite(value) for key, value in asdict(result).items()}  # perplexity may be infinite
 
 
 def _known_results(saved: SavedModel, evaluation: dict[str, Any]) -> tuple[Path, list[dict[str, Any]]]:

@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -486,7 +486,7 @@ class Trainer:
             fragments=self._getting_on(self.engine.fragments_to_save()),
             world=self.world,
             write_files=self._write_checkpoint_files,
-            state=self.state.as_dict(),
+            state=asdict(self.state),
             facts=self._facts(),
         )
         self.saved_step, self.num_rollbacks = self.state.step, 0

@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from tqdm import tqdm
 
 from data.errors import DataError
 from data.files import explain_write_errors, open_regular, write_atomically
-from training.config import TrainConfig, to_dict
+from training.config import TrainConfig
 from training.errors import SettingError
-from training.gpus import GPUS, find_gpu
+from training.gpus import find_gpu
 
 FILE_LIMIT_BYTES = 2**30  # of metrics.jsonl: three million lines
 LINE_LIMIT_BYTES = 2**20
@@ -35,7 +36,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     gpu = find_gpu(torch.cuda.get_device_name(device))
-    return GPUS[gpu].peak_flops if gpu else None
+    return gpu.peak_flops if gpu else None
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -55,7 +56,7 @@ class MetricsFile:
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; non-finite floats become null, since JSON has none."""
-        line = {key: _finite(value) for key, value in values.items()}
+        line = {key: finite(value) for key, value in values.items()}
         with explain_write_errors(self.path):
             _append(self._file, json.dumps(line) + "\n")
 
@@ -125,10 +126,10 @@ def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
                 yield line, text.rstrip(b"\n") + b"\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value, with None for each float that is not finite."""
     if isinstance(value, list):
-        return [_finite(element) for element in value]
+        return [finite(element) for element in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -220,7 +221,7 @@ class WandbRun:
                 resume="allow",
                 mode=mode,
                 dir=config.run_dir,
-                config=to_dict(config),
+                config=asdict(config),
                 settings=wandb.Settings(finish_timeout=WANDB_FINISH_SECONDS),
             )
         except wandb.errors.Error as error:

@@ -13,7 +13,6 @@ tensors is made (torch.load's weights_only).
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 import re
@@ -361,4 +360,4 @@ def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+    write_json(folder / INDEX, index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import itertools
 import os
@@ -11,12 +10,10 @@ import socket
 import sys
 from pathlib import Path
 
-from data.files import explain_write_errors
+from data.files import CANNOT_LOCK, explain_write_errors
 from training.checkpoint import STEP_FOLDER
 from training.errors import SettingError
 from training.model_folder import is_model_folder
-
-CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # some network file systems
 
 
 class RunFolder:

@@ -267,8 +267,8 @@ def _check_memory(config: TrainConfig, world: World) -> None:
     free = psutil.virtual_memory().available + psutil.swap_memory().free
     if free < needed:
         raise SettingError(
-            f"model={config.model.name} needs {_in_words(int(needed))} of memory for its weights, gradients and "
-            f"optimizer alone, and {_in_words(free)} are free. Choose a smaller model, or train on a GPU "
+            f"model={config.model.name} needs {_in_words(int(needed))} of memory for its weights, gradients "
+            f"and optimizer alone, and {_in_words(free)} are free. Choose a smaller model, or train on a GPU "
             "(python -m scripts.plan says what fits)."
         )
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 from training.checkpoint import Checkpoint, CheckpointError
 
@@ -34,10 +33,6 @@ class RunState:
     def batch(self) -> int:
         """Which batch of the data's order the next step trains on."""
         return self.step + self.passed_over_batches
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 def saved_tokens(checkpoint: Checkpoint) -> int:

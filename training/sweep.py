@@ -107,7 +107,7 @@ class Point:
     @property
     def values(self) -> dict[str, str]:
         """`settings` by their keys."""
-        return dict(setting.split("=", 1) for setting in self.settings)
+        return dict(map(split_setting, self.settings))
 
 
 def expand(sweep: SweepDefinition) -> list[Point]:
@@ -159,9 +159,8 @@ def _point(sweep: SweepDefinition, label: str, seq_len: int, crossed: list[str],
     if sweep.micro_tokens is not None:
         tokens = min(sweep.micro_tokens, sweep.batch_tokens // sweep.num_gpus)
         settings["micro_batch_size"] = str(max(1, tokens // seq_len))
-    settings |= dict(setting.split("=", 1) for setting in chosen if "=" in setting)
+    settings |= dict(map(split_setting, chosen))
     arguments = [f"{key}={value}" for key, value in settings.items()]
-    arguments += [setting for setting in chosen if "=" not in setting]  # refused below, by name
     name = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join([label, *crossed, f"seq_len={seq_len}"]))
     try:
         config = compose(TrainConfig, arguments, "train")
@@ -174,7 +173,7 @@ def _point(sweep: SweepDefinition, label: str, seq_len: int, crossed: list[str],
             )
     except USER_ERRORS as error:
         raise SettingError(f"sweep point {name}: {error}") from None
-    return Point(name, label, seq_len, dict(setting.split("=", 1) for setting in crossed), arguments, config)
+    return Point(name, label, seq_len, dict(map(split_setting, crossed)), arguments, config)
 
 
 class Manifest:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from training.config import compose
-from training.errors import SettingError
-from training.gpus import GPUS, find_gpu
+from training.gpus import Gpu, require_gpu
 from training.memory import (
     PlannedConfig,
     largest_micro_batch,
@@ -34,11 +33,9 @@ def forecast(sweep: SweepDefinition, points: list[Point], gpu_name: str | None) 
     devices = [] if gpu_name else free_devices()
     gpu = None
     if gpu_name or devices[0].id is not None:
-        gpu = find_gpu(gpu_name or devices[0].name)
-        if gpu is None:
-            raise SettingError(f"{devices[0].name} is not on record: give gpu=, one of {', '.join(GPUS)}.")
+        gpu = require_gpu(gpu_name or devices[0].name)
     at_once = len(device_groups(devices, sweep.num_gpus)) if devices else 1
-    flops = ASSUMED_MFU * GPUS[gpu].peak_flops if gpu else ASSUMED_CPU_FLOPS
+    flops = ASSUMED_MFU * gpu.peak_flops if gpu else ASSUMED_CPU_FLOPS
     width = 2 + max(len(point.name) for point in points)
     lines = [f"{'point':<{width}}{'micro-batch':>12}{'memory GiB':>16}{'tokens/s':>12}{'time':>16}"]
     total_seconds = 0.0
@@ -50,7 +47,7 @@ def forecast(sweep: SweepDefinition, points: list[Point], gpu_name: str | None) 
         lines.append(
             f"{point.name:<{width}}{micro_batch:>12}{memory:>16}{speed:>12,.0f}{duration(seconds):>16}"
         )
-    assumed = f"{ASSUMED_MFU:.0%} MFU on {gpu}" if gpu else f"{ASSUMED_CPU_FLOPS:.0e} FLOP/s on the CPU"
+    assumed = f"{ASSUMED_MFU:.0%} MFU on {gpu.name}" if gpu else f"{ASSUMED_CPU_FLOPS:.0e} FLOP/s on the CPU"
     lines.append(
         f"{len(points)} points, {at_once} at a time: about {duration(total_seconds / at_once)}, "
         f"at an assumed {assumed}."
@@ -58,14 +55,14 @@ def forecast(sweep: SweepDefinition, points: list[Point], gpu_name: str | None) 
     return "\n".join(lines)
 
 
-def _memory(point: Point, num_ranks: int, gpu: str | None) -> tuple[int, str]:
+def _memory(point: Point, num_ranks: int, gpu: Gpu | None) -> tuple[int, str]:
     """The micro-batch that a point will take, and its predicted peak in GiB."""
     config = with_vocabulary(compose(PlannedConfig, point.settings, "train") if gpu else point.config)
     if gpu is None or config.micro_batch_size != "auto":
         size = resolve_micro_batch(config, num_ranks, torch.device("cpu"), None)
     else:
-        size = max(1, largest_micro_batch(config, num_ranks, GPUS[gpu].memory_gib * 2**30))
+        size = max(1, largest_micro_batch(config, num_ranks, gpu.memory_gib * 2**30))
     peak_gib = sum(memory_parts(config, num_ranks, size).values()) / 2**30
     if gpu is None:
         return size, f"{peak_gib + CPU_PROCESS_GIB:.1f}"
-    return size, f"{peak_gib:.1f}" + (" (OOM?)" if peak_gib > GPUS[gpu].memory_gib else "")
+    return size, f"{peak_gib:.1f}" + (" (OOM?)" if peak_gib > gpu.memory_gib else "")
