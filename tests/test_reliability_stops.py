@@ -177,25 +177,34 @@ def test_a_rank_that_dies_while_it_sets_up_is_named_by_the_other(dead, text, tmp
     assert named in ranks.stderr(1 - dead), ranks.stderr(1 - dead)
 
 
-def test_what_a_stop_left_out_is_made_up_for(text, tmp_path):
-    """Stopped in the evaluation of its last step, a run evaluates at its next start, and is finished."""
+@pytest.mark.parametrize("phase", ["evaluation", "sampling"])
+def test_what_a_stop_left_out_is_made_up_for(phase, text, tmp_path):
+    """Stopped in what its last step leaves to do, a run does it at its next start, and is finished."""
     marker, run_dir = tmp_path / "marker", tmp_path / "run"
-    faults = {0: [("impatient",), ("pause_in", "evaluation", str(marker), 1.0, 3)]}
-    ranks = train(text, run_dir, "max_steps=3", faults=faults)
+    more = ("max_steps=3", "sample_every=3", "sample_tokens=8")
+    faults = {0: [("impatient",), ("pause_in", phase, str(marker), 1.0, 3)]}
+    ranks = train(text, run_dir, *more, faults=faults)
     wait_for(marker.exists)
     ranks.signal(signal.SIGTERM, 0)
     assert ranks.wait() == [75]
-    assert not lines(run_dir, "valid_loss")
-    assert train(text, run_dir, "max_steps=3").wait() == [0]
+    assert (3 in lines(run_dir, "valid_loss")) == (phase == "sampling")
+    assert not lines(run_dir, "text", "samples.jsonl")
+    assert train(text, run_dir, *more).wait() == [0]
     assert list(lines(run_dir, "valid_loss")) == [3]
-    finished = train(text, run_dir, "max_steps=3")
+    assert list(lines(run_dir, "text", "samples.jsonl")) == [3]
+    finished = train(text, run_dir, *more)
     assert finished.wait() == [0]
     assert "finished at step 3" in finished.stderr()
-    assert not (
-        run_dir / "report.md"
-    ).exists()  # these starts leave it out, as a kill while it is written would
-    assert train(text, run_dir, "max_steps=3", faults={0: [("real_report",)]}).wait() == [0]
-    assert (run_dir / "report.md").exists()
+
+
+def test_a_report_that_a_kill_left_out_is_written_at_the_next_start(text, tmp_path):
+    run_dir = tmp_path / "run"
+    report = run_dir / "report.md"
+    for steps in (2, 3):  # these runs leave it out; the second has an older one
+        assert train(text, run_dir, f"max_steps={steps}").wait() == [0]
+        real = {0: [("real_report",)]}
+        assert train(text, run_dir, f"max_steps={steps}", faults=real).wait() == [0]
+        assert f"after {steps} of {steps} steps" in report.read_text()
 
 
 def test_a_stopped_run_says_how_to_go_on_where_the_same_command_would_not(text, tmp_path):

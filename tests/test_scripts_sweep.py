@@ -84,7 +84,13 @@ def _compose_once():
 
 
 def run(
-    folder: Path, sweep: SweepDefinition, kinds: dict[str, str], retry=(), groups=(CPU,), plots: bool = False
+    folder: Path,
+    sweep: SweepDefinition,
+    kinds: dict[str, str],
+    retry=(),
+    groups=(CPU,),
+    plots: bool = False,
+    keep_checkpoints: bool = False,
 ) -> Manifest:
     """Run a sweep whose points do what `kinds` says for the name of their model."""
     folder.mkdir(exist_ok=True)
@@ -95,9 +101,10 @@ def run(
         kind = kinds.get(point.label, "done")
         return [sys.executable, "-c", FAKE_POINT, kind, str(point_folder), str(point.seq_len)], {}
 
-    Runner(folder, sweep, manifest, list(groups), command, lambda *_: None).run(
-        manifest.missing(points, list(retry))
+    runner = Runner(
+        folder, sweep, manifest, list(groups), command, lambda *_: None, keep_checkpoints=keep_checkpoints
     )
+    runner.run(manifest.missing(points, list(retry)))
     with pytest.MonkeyPatch.context() as patch:
         if not plots:  # they take longer than the points
             patch.setattr("training.sweep_report.plot", lambda *_: None)
@@ -271,9 +278,13 @@ def test_a_point_ends_with_its_last_step_where_nobody_keeps_its_checkpoint(tmp_p
     assert marked_processes(tmp_path) == []
 
 
-def test_figures_of_an_earlier_try_are_not_taken_for_those_of_a_new_one(tmp_path):
-    sweep = definition(seq_lens=[64])
-    run(tmp_path, sweep, {})
+@pytest.mark.parametrize("save_every", [0, 2])
+@pytest.mark.parametrize("keep_checkpoints", [False, True])
+def test_figures_of_an_earlier_try_are_not_taken_for_those_of_a_new_one(
+    tmp_path, keep_checkpoints, save_every
+):
+    sweep = definition(seq_lens=[64], save_every=save_every)
+    run(tmp_path, sweep, {}, keep_checkpoints=keep_checkpoints)
     manifest = run(tmp_path, sweep, {"tnl-tiny": "slow"}, retry=["done"])
     assert statuses(manifest) == ["done"]
     assert manifest.records["tnl-tiny-seq-len-64"]["seconds"] >= 1

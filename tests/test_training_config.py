@@ -117,11 +117,12 @@ def test_resume_allows_what_may_change_and_names_the_rest():
     saved["engine"]["zero_stage"] = 3
     saved["schedule"]["total_steps"] = 7
     saved["model"]["vocab_size"] = 300
+    saved["init_from"] = "pretrained"
     with pytest.raises(SettingError) as refusal:
         check_resumable(config, saved, "run")
     assert "seed=0 (run: 5)" in str(refusal.value)
     assert "batch_tokens=65536 (run: 2048)" in str(refusal.value)
-    for allowed in ("max_steps", "save_every", "zero_stage", "total_steps", "vocab_size"):
+    for allowed in ("max_steps", "save_every", "zero_stage", "total_steps", "vocab_size", "init_from"):
         assert allowed not in str(refusal.value)
 
 

@@ -99,9 +99,9 @@ def run(
         return subprocess.CompletedProcess(command, codes[0], ranks.stdout(), ranks.stderr())
 
 
-def lines(run_dir: Path, key: str = "loss") -> dict[int, dict]:
-    """Step to metrics line, of the lines that have `key`."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def lines(run_dir: Path, key: str = "loss", file: str = "metrics.jsonl") -> dict[int, dict]:
+    """Step to line of the run's metrics or samples, of the lines that have `key`."""
+    rows = [json.loads(line) for line in (run_dir / file).read_text().splitlines()]
     return {row["step"]: row for row in rows if key in row}
 
 

@@ -478,7 +478,7 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], where: Path) -> 
     """
     new, old = flatten(config), flatten(saved)
     adopted = dict.fromkeys(("schedule.total_steps", "model.vocab_size", "optim.lr"))
-    adopted |= {"micro_batch_size": "auto"}
+    adopted |= {"micro_batch_size": "auto", "init_from": None}
     changeable = CHANGEABLE_ON_RESUME + (("data.", "tokenizer.") if config.allow_changed_data else ())
     differing = [
         f"{key[:80]}={new.get(key)!r} (run: {repr(old.get(key))[:80]})"

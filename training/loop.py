@@ -37,7 +37,7 @@ from training.checkpoint import NonFiniteError, remove_old, save_checkpoint
 from training.config import TrainConfig, save_config
 from training.distributed import World
 from training.engine import Fragment, StepResult
-from training.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from training.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, USER_ERRORS
 from training.evaluation import documents_of, evaluate
 from training.interrupt import Interrupt, StopRequested
 from training.memory import is_out_of_memory, ways_to_fit
@@ -127,7 +127,7 @@ def _train(
     with interrupt.at_once():
         run = set_up(config, folder, world, log)
     if run is None:
-        if world.is_first and not folder.report.exists():  # killed while it was written
+        if world.is_first and folder.report_is_old():  # killed before it was written
             write_run_report(folder)
         return 0
     trainer = None
@@ -200,9 +200,10 @@ class Trainer:
                 return self._give_up(
                     f"{self.state.skipped_in_row} steps in a row had a gradient that is not finite"
                 )
-        if self.world.is_first:
-            write_run_report(self.folder)
-            self._say(f"done: {self.folder.report}")
+        with self._told_later():
+            if self.world.is_first:
+                write_run_report(self.folder)
+                self._say(f"done: {self.folder.report}")
         self._check_problems()
         return 0
 
@@ -259,7 +260,7 @@ class Trainer:
         """Keep an error of this rank alone until all ranks agree on it."""
         try:
             yield
-        except DataError as error:
+        except USER_ERRORS as error:
             self.problem = self.problem or str(error)
 
     def _batches(self) -> Iterator[tuple[list[Batch], int]]:

@@ -199,6 +199,7 @@ def duration(seconds: float) -> str:
 class WandbRun:
     """Weights & Biases: the same lines as metrics.jsonl, in one run across resumes.
 
+    Steps that were done again, after a resume or a roll-back, are there twice: what is sent stays.
     WANDB_MODE says whether it is online; without it, a key in the environment does. What fails later than
     the start is said once and doesn't stop the run: metrics.jsonl is the record.
 
@@ -224,6 +225,7 @@ class WandbRun:
                 config=asdict(config),
                 settings=wandb.Settings(finish_timeout=WANDB_FINISH_SECONDS),
             )
+            self._run.define_metric("*", step_metric="step")
         except wandb.errors.Error as error:
             reason = str(error).splitlines()[0][:200]
             raise SettingError(
@@ -233,7 +235,7 @@ class WandbRun:
     def write(self, values: dict[str, Any]) -> None:
         """Send a line, unless sending has failed before."""
         if not self._has_failed:
-            self._try(lambda: self._run.log(values, step=values["step"]))
+            self._try(lambda: self._run.log(values))  # with step=, it would drop what a roll-back does again
 
     def close(self) -> None:
         """Send what is left, within WANDB_FINISH_SECONDS."""

@@ -54,6 +54,12 @@ class RunFolder:
         """Whether a run has been started here."""
         return self.config.exists() or self.metrics.exists() or self.has_checkpoint()
 
+    def report_is_old(self) -> bool:
+        """Whether the report is missing, or older than the last line of metrics."""
+        if not self.report.exists():
+            return True
+        return self.metrics.exists() and self.report.stat().st_mtime < self.metrics.stat().st_mtime
+
     def has_checkpoint(self) -> bool:
         """Whether a checkpoint is there, valid or not."""
         return any(self.checkpoints.glob("step_*"))

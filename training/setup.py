@@ -75,7 +75,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Ru
     config = world.on_all(partial(_settle, config, data, checkpoint, saved, log))
     loader = world.on_all(partial(_make_loader, config, data))
     state = _initial_state(config, checkpoint, world)
-    if state.step >= config.max_steps and world.on_first(lambda: _is_evaluated(folder, data, state.step)):
+    if state.step >= config.max_steps and world.on_first(lambda: _is_whole(config, folder, data, state.step)):
         log(f"{folder.path}: finished at step {state.step}; raise max_steps to train on.")
         return None
     world.on_first(lambda: _check_space(config, folder, state))
@@ -227,9 +227,10 @@ def _initial_state(config: TrainConfig, checkpoint: Checkpoint | None, world: Wo
     return replace(saved, micro_batch_size=micro_batch_size)
 
 
-def _is_evaluated(folder: RunFolder, data: PreparedData, step: int) -> bool:
-    """Whether the last evaluation has been made: a run can be stopped in it."""
-    return not data.valid.documents or last_step(folder.metrics, "valid_loss") >= step
+def _is_whole(config: TrainConfig, folder: RunFolder, data: PreparedData, step: int) -> bool:
+    """Whether the last evaluation and sample have been made: a run can be stopped in them."""
+    is_evaluated = not data.valid.documents or last_step(folder.metrics, "valid_loss") >= step
+    return is_evaluated and (not config.sample_every or last_step(folder.samples, "text") >= step)
 
 
 def _check_space(config: TrainConfig, folder: RunFolder, state: RunState) -> None:

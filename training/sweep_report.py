@@ -283,23 +283,28 @@ def _crossover(ours: Line, theirs: Line) -> str:
 
 
 def plot(path: Path, grid: Grid, key: str, title: str) -> None:
-    """Draw a column over the axis, one line per model, as PNG and SVG; a cross at the foot says OOM."""
+    """Draw a column over the axis, one line per model, as PNG and SVG; crosses at the foot say OOM."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    legend_rows = len(grid.lines) + 1
+    figure = Figure(figsize=(8, 4.8 + 0.18 * legend_rows), layout="constrained")
     axes = figure.add_subplot()
     numeric = _numbers(grid.places)
+    num_lost = 0  # lines with a point out of memory so far
     for index, line in enumerate(grid.lines):
         values = line.values(key)
-        color = f"C{index}"
+        style: dict[str, Any] = {"color": f"C{index}", "linestyle": ("-", "--", ":")[index // 10 % 3]}
         x = [numeric[place] for place in grid.places if place in values]
         y = [values[place] for place in grid.places if place in values]
-        axes.plot(x, y, marker="o", color=color, label=line.label)
+        axes.plot(x, y, marker="o", label=line.label, **style)
         lost = [numeric[place] for place, row in line.rows.items() if row["status"] == "oom"]
         if lost:
             at_foot = axes.get_xaxis_transform()
-            axes.plot(lost, [0.02 + 0.03 * index] * len(lost), "x", color=color, transform=at_foot)
+            axes.plot(lost, [0.02 + 0.03 * num_lost] * len(lost), "x", color=f"C{index}", transform=at_foot)
+            num_lost += 1
+    if num_lost:
+        axes.plot([], [], "x", color="gray", label="out of memory (at the foot, in the line's color)")
     if grid.axis == "seq_len":
         axes.set_xscale("log", base=2)
     elif not _categories(grid.places):
@@ -311,8 +316,9 @@ def plot(path: Path, grid: Grid, key: str, title: str) -> None:
         axes.set_ylim(0, 1.08 * highest or None)  # room above a flat line
     axes.set_xlabel("sequence length (tokens)" if grid.axis == "seq_len" else grid.axis)
     axes.set_ylabel(title)
+    axes.yaxis.set_major_formatter("{x:,.10g}")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", frameon=False, fontsize="small")
     axes.set_title(f"{grid.sweep.name}: {title}")
     for suffix in ("png", "svg"):
         drawn = io.BytesIO()

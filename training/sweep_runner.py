@@ -204,6 +204,9 @@ class Runner:
         folder = self.points_folder / point.name
         folder.mkdir(parents=True, exist_ok=True)
         run = RunFolder(folder)
+        is_done = self.manifest.records[point.name]["status"] == "done"  # and to be measured again
+        if is_done or not self.sweep.save_every:
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
         if not run.has_checkpoint():
             run.metrics.unlink(missing_ok=True)  # of an earlier try: this one starts at its first step
         command, variables = self.command(point, folder, devices)
