@@ -371,10 +371,10 @@ def test_training_s_validation_eval_and_a_plain_loop_agree(folder):
 def test_a_model_on_a_disk_that_can_t_be_written_is_scored_all_the_same(folder, capsys, monkeypatch):
     make_run(folder / "run")
 
-    def refuse(file: Path, content, world) -> None:
+    def refuse(file: Path, content) -> None:
         if file.parent.name == "eval":
             raise DataError(f"{file.parent} can't be written (Read-only file system): choose another folder")
-        write(file, content, world)
+        write(file, content)
 
     write = module._write
     monkeypatch.setattr(module, "_write", refuse)

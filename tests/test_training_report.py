@@ -10,7 +10,8 @@ from models.config import ModelConfig
 from training import plots
 from training.config import TrainConfig, compose, flatten, load_saved_config, override, save_config
 from training.errors import SettingError
-from training.report import fenced, told_apart, write_run_report
+from training.evaluation_results import told_apart
+from training.report import fenced, write_run_report
 from training.run_folder import RunFolder
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,17 +28,18 @@ from training.config import load_saved_config, reader_may_leave
 from training.distributed import World
 from training.errors import SettingError
 from training.evaluation import WINDOWS, evaluate, resolve_stride
-from training.evaluation_text import Text, check_tokenizer, open_text
-from training.memory import is_out_of_memory
-from training.metrics import finite
-from training.report import (
+from training.evaluation_results import (
     EVALUATION_COLUMNS,
     draw_evaluations,
     evaluation_rows,
     read_evaluation,
     read_evaluations,
 )
+from training.evaluation_text import Text, check_tokenizer, open_text
+from training.memory import is_out_of_memory
+from training.metrics import finite
 from training.run_folder import RunFolder
+from training.tables import aligned_table
 from training.weights import SavedModel, check_precision, find_models, identify, load_model
 
 SCORING = 1  # counted up when the same settings would give other numbers, so that old results are not reused
@@ -104,7 +104,7 @@ def evaluate_checkpoints(config: EvalConfig) -> int:
     try:
         evaluations, problems = _evaluate_all(config, world)
         if world.is_first and evaluations:
-            _show(config, evaluations, world)
+            _show(config, evaluations)
     finally:
         distributed.stop()
     if problems:
@@ -167,7 +167,7 @@ def _evaluate_one(
         "results": results,
     }
     not_kept = ""
-    file, known = world.from_first(_known_results(saved, evaluation) if world.is_first else None)
+    file, known = world.on_first(partial(_known_results, saved, evaluation))
     model = None
     for seq_len in config.seq_lens or [_default_length(saved, text)]:
         settings = _point_settings(config, saved, seq_len)
@@ -182,7 +182,7 @@ def _evaluate_one(
                 continue
             known.append(result)
             try:
-                world.on_all(partial(_write, file, evaluation | {"results": known}, world))
+                world.on_first(partial(_write, file, evaluation | {"results": known}))
             except SettingError as error:  # a model on a read-only disk can be scored all the same
                 not_kept = str(error)
         results.append(result)
@@ -285,16 +285,13 @@ def _known_results(saved: SavedModel, evaluation: dict[str, Any]) -> tuple[Path,
     return file, earlier["results"] if same else []
 
 
-def _write(file: Path, content: Any, world: World) -> None:
-    """Write JSON on the first rank."""
-    if not world.is_first:
-        return
+def _write(file: Path, content: Any) -> None:
     with explain_write_errors(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _show(config: EvalConfig, evaluations: list[Evaluation], world: World) -> None:
+def _show(config: EvalConfig, evaluations: list[Evaluation]) -> None:
     """Print the table, write `output`, and draw the plots of each run."""
     homes = {home.path: home for home, _ in evaluations}
     rows = []
@@ -307,23 +304,10 @@ def _show(config: EvalConfig, evaluations: list[Evaluation], world: World) -> No
         print(aligned_table(EVALUATION_COLUMNS, rows))
     contents = [content for _, content in evaluations]
     if config.output:
-        _write(Path(config.output), contents if len(contents) > 1 else contents[0], world)
+        _write(Path(config.output), contents if len(contents) > 1 else contents[0])
     for home in homes.values():
         saved = load_saved_config(home.config) if home.config.exists() else {}
         try:
             draw_evaluations(home, read_evaluations(home)[0], saved.get("seq_len"))
         except DataError as error:
             print(f"no plots: {error}", file=sys.stderr)
-
-
-def aligned_table(columns: Iterable[str], rows: list[tuple[str, ...]]) -> str:
-    """A table in plain text, numbers to the right."""
-    lines = [tuple(columns), *rows]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if index < 2 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

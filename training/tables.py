@@ -16,6 +16,19 @@ def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]], numeri
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def aligned_table(columns: Iterable[str], rows: list[tuple[str, ...]]) -> str:
+    """A table in plain text, numbers to the right."""
+    lines = [tuple(columns), *rows]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index < 2 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
 def csv_text(rows: list[dict[str, Any]]) -> str:
     """Rows of the same keys, which become the header; None is an empty cell."""
     text = io.StringIO()
