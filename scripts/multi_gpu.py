@@ -22,11 +22,11 @@ from pathlib import Path
 
 from training.config import run_command
 from training.errors import EXIT_PREEMPTED, SettingError
+from training.launching import free_devices
 from training.multi_gpu_report import write_multi_gpu_report
 from training.rank_kill import RankKill
 from training.sweep import FINISHED, SweepDefinition, expand
 from training.sweep_command import run_sweep
-from training.sweep_runner import free_devices
 
 TOKENS_PER_GPU = 65536
 # The runs are the first steps of a longer one, whose warm-up has the default's 1,000 steps. In a shorter one

@@ -19,10 +19,11 @@ import torch
 from scripts.sweep import SweepConfig, main
 from training.config import CONFIG_DIR, compose
 from training.errors import SettingError
+from training.launching import Device, device_groups, last_lines, stop_processes
 from training.sweep import Manifest, SweepDefinition, expand, measure
 from training.sweep_command import outcome
 from training.sweep_report import Grid, paper_figures, rows_of, table, write_results
-from training.sweep_runner import Device, Runner, device_groups, last_lines, point_command, stop_processes
+from training.sweep_runner import Runner, point_command
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = (Device(None, "a CPU"),)

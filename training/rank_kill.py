@@ -22,12 +22,8 @@ from data.files import read_json_object, write_json
 from training.checkpoint import list_checkpoints, step_of
 from training.config import override
 from training.errors import EXIT_PREEMPTED, SettingError
-from training.metrics import last_step, read_metrics
-from training.run_folder import RunFolder
-from training.sweep import Point
-from training.sweep_runner import (
+from training.launching import (
     ROOT,
-    TAIL_LINES,
     Device,
     device_groups,
     free_devices,
@@ -37,9 +33,13 @@ from training.sweep_runner import (
     start_process,
     stop_processes,
 )
+from training.metrics import last_step, read_metrics
+from training.run_folder import RunFolder
+from training.sweep import Point
 
 RESULT_LIMIT_BYTES = 2**20
 POLL_SECONDS = 0.05
+SHOWN_LINES = 5  # of a log that says why a leg failed
 GONE_SECONDS = 120.0  # for the other ranks and the launcher to end after a kill
 
 
@@ -204,7 +204,7 @@ class RankKill:
         return workers
 
     def _last_words(self, name: str) -> str:
-        return " | ".join(last_lines(self.folder / f"{name}.log")[-TAIL_LINES:])
+        return " | ".join(last_lines(self.folder / f"{name}.log")[-SHOWN_LINES:])
 
 
 def losses(run_folder: Path) -> dict[int, float]:

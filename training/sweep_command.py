@@ -10,11 +10,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from training.errors import EXIT_PREEMPTED, SettingError
+from training.launching import Device, device_groups, free_devices, stop_processes
 from training.metrics import duration, read_metrics
 from training.run_folder import RunFolder
 from training.sweep import FINISHED, STATUSES, Manifest, Point, SweepDefinition
 from training.sweep_report import write_results
-from training.sweep_runner import Device, Runner, device_groups, free_devices, point_command, stop_processes
+from training.sweep_runner import Runner, point_command
 
 
 def run_sweep(

@@ -6,6 +6,7 @@ import torch
 
 from training.config import compose
 from training.gpus import Gpu, require_gpu
+from training.launching import device_groups, free_devices
 from training.memory import (
     PlannedConfig,
     largest_micro_batch,
@@ -16,7 +17,6 @@ from training.memory import (
 )
 from training.metrics import duration
 from training.sweep import Point, SweepDefinition
-from training.sweep_runner import device_groups, free_devices
 
 ASSUMED_MFU = 0.4
 ASSUMED_CPU_FLOPS = 1e11  # FLOP/s of a rank without a GPU

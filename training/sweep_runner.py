@@ -1,110 +1,35 @@
-"""Runs the points of a sweep, each in a process of its own, as many at once as there are free GPUs for.
-
-Every process of a point carries the point's folder in the environment variable SWEEP_POINT. That is how a
-launcher's workers are found when they have to stop, also those that a killed sweep left behind.
-"""
+"""Runs the points of a sweep, each in a process of its own, as many at once as there are free GPUs for."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from training.config import override
-from training.distributed import free_port
-from training.errors import EXIT_PREEMPTED, SettingError
+from training.errors import EXIT_PREEMPTED
+from training.launching import (
+    ROOT,
+    STOP_SECONDS,
+    Device,
+    commit,
+    device_text,
+    last_lines,
+    launch_command,
+    start_process,
+    stop_processes,
+)
 from training.memory import OUT_OF_MEMORY
 from training.metrics import last_step
 from training.run_folder import RunFolder
 from training.sweep import Manifest, Point, SweepDefinition, measure
 
-ROOT = Path(__file__).resolve().parent.parent
-MARKER = "SWEEP_POINT"
 POLL_SECONDS = 0.2
-STOP_SECONDS = 60.0  # from SIGTERM to SIGKILL; DeepSpeed's launcher gives its workers 30
-FREE_SHARE = 0.95  # a GPU with this much of its memory free is nobody else's
-TAIL_BYTES = 64 * 2**10  # of a log, where the reason of a failure is looked for
-TAIL_LINES = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """One GPU, or one place for a point on the CPU (`id` None)."""
-
-    id: str | None  # as CUDA_VISIBLE_DEVICES takes it
-    name: str
-
-
-def free_devices() -> list[Device]:
-    """The GPUs that nobody uses, or one place on the CPU where there is no GPU.
-
-    Raises:
-        SettingError: there are GPUs, but all are in use.
-    """
-    if not torch.cuda.is_available():
-        return [Device(None, f"CPU {_cpu_name()}, {os.cpu_count()} cores")]
-    # in a process of its own: asking for free memory takes some of it until the process ends
-    answer = subprocess.run(
-        [sys.executable, "-c", _ASK_GPUS], capture_output=True, text=True, check=True, env=os.environ
-    )
-    gpus = json.loads(answer.stdout.splitlines()[-1])
-    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    names = names or [str(index) for index in range(len(gpus))]
-    free = [
-        Device(name, gpu["name"])
-        for name, gpu in zip(names, gpus, strict=False)
-        if gpu["free"] >= FREE_SHARE * gpu["total"]
-    ]
-    if not free:
-        raise SettingError(f"all {len(gpus)} GPUs are in use: wait, or name others in CUDA_VISIBLE_DEVICES.")
-    return free
-
-
-_ASK_GPUS = """
-import json, torch
-gpus = []
-for index in range(torch.cuda.device_count()):
-    free, total = torch.cuda.mem_get_info(index)
-    own = 2**30  # what this very question takes, at most
-    name = torch.cuda.get_device_name(index)
-    gpus.append({"name": name, "free": min(free + own, total), "total": total})
-print(json.dumps(gpus))
-"""
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def device_groups(devices: list[Device], num_gpus: int) -> list[tuple[Device, ...]]:
-    """The devices in groups for one point each.
-
-    Raises:
-        SettingError: not one point has enough GPUs.
-    """
-    if devices[0].id is None:
-        return [(devices[0],)]
-    groups = [
-        tuple(devices[start : start + num_gpus]) for start in range(0, len(devices) - num_gpus + 1, num_gpus)
-    ]
-    if not groups:
-        raise SettingError(f"sweep.num_gpus={num_gpus}, but {len(devices)} GPU(s) are free here.")
-    return groups
+TAIL_LINES = 5  # of a log: what is kept of a failure
 
 
 def point_command(
@@ -113,27 +38,6 @@ def point_command(
     """The command line of a point, and the environment variables that it needs beside the usual ones."""
     train = [str(ROOT / "train.py"), *point.settings, override("run_dir", folder)]
     return launch_command(train, launcher, num_ranks, devices)
-
-
-def launch_command(
-    program: list[str], launcher: str, num_ranks: int, devices: Sequence[Device]
-) -> tuple[list[str], dict[str, str]]:
-    """How to start `program` (a script, or "--module" and a module, and arguments), and its variables."""
-    environment: dict[str, str] = {}
-    on_gpu = devices[0].id is not None
-    if on_gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(device.id) for device in devices)
-    else:
-        environment["DS_ACCELERATOR"] = "cpu"
-        environment["OMP_WAIT_POLICY"] = "passive"  # spinning threads starve each other on a busy machine
-        if "OMP_NUM_THREADS" not in os.environ:
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_ranks))
-    if launcher == "python":
-        return [sys.executable, *program], environment
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
-    if not on_gpu:  # on GPUs the launcher takes their number from CUDA_VISIBLE_DEVICES
-        command += ["--num_accelerators", str(num_ranks)]
-    return [*command, *program], environment
 
 
 @dataclass(slots=True)
@@ -273,82 +177,3 @@ def _ending(code: int) -> str:
     """A process's exit code in words; DeepSpeed's launcher passes on that of a killed worker modulo 256."""
     code = code - 256 if code > 256 - signal.NSIG else code
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-
-
-def stop_processes(folders: list[Path], patience_seconds: float = STOP_SECONDS) -> None:
-    """End all processes of the points with these folders: SIGTERM, and SIGKILL for those that stay.
-
-    Args:
-        patience_seconds: between the two; 0 for SIGKILL at once.
-    """
-    signals = [(signal.SIGTERM, patience_seconds)] if patience_seconds else []
-    for number, patience in [*signals, (signal.SIGKILL, STOP_SECONDS)]:
-        deadline = time.monotonic() + patience
-        for pid in processes_of(folders):
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
-        while processes_of(folders):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(POLL_SECONDS)
-        else:
-            return
-
-
-def start_process(
-    command: list[str], variables: dict[str, str], folder: Path, log: Path, cwd: Path | None = None
-) -> subprocess.Popen:
-    """Start a command whose processes `processes_of([folder])` finds; what they print goes to `log`.
-
-    It has a session of its own: Ctrl-C reaches the caller alone, which then stops it.
-    """
-    with open(log, "wb") as output:
-        return subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=os.environ | variables | {MARKER: str(folder)},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def processes_of(folders: list[Path]) -> list[int]:
-    """Living processes that carry one of the folders in SWEEP_POINT; zombies have no environment."""
-    marks = {f"{MARKER}={folder}".encode() for folder in folders}
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            variables = entry.read_bytes().split(b"\0")
-        except OSError:  # ended, or another user's
-            continue
-        if not marks.isdisjoint(variables):
-            found.append(int(entry.parent.name))
-    return found
-
-
-def last_lines(log: Path) -> list[str]:
-    """The last lines of a point's output, without empty ones and those of DeepSpeed's launcher."""
-    with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
-        text = file.read().decode(errors="replace")
-    lines = [line.strip() for line in text.splitlines()]
-    return [line for line in lines if line and "[launch.py:" not in line and "[runner.py:" not in line]
-
-
-def device_text(devices: Sequence[Device]) -> str:
-    """Devices as tables name them: "2 x NVIDIA H200"."""
-    return devices[0].name if len(devices) == 1 else f"{len(devices)} x {devices[0].name}"
-
-
-def commit() -> str | None:
-    """The checkout's commit, with "+" if files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
