@@ -20,7 +20,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports, which take seconds: no traceback
 
 from training.config import TrainConfig, command_line, compose, fail, run_command, split_setting, sweep_points
-from training.errors import EXIT_PREEMPTED, USER_ERRORS, SettingError
+from training.errors import EXIT_PREEMPTED, SettingError
 from training.interrupt import Interrupt
 
 
@@ -88,6 +88,6 @@ if __name__ == "__main__":
     if ("-m" in settings or "--multirun" in settings) and not wants_help:
         try:
             sys.exit(multirun([setting for setting in settings if setting not in ("-m", "--multirun")]))
-        except USER_ERRORS as error:
+        except SettingError as error:
             fail(error)
     run_command(main, TrainConfig, __doc__, "train")

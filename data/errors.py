@@ -1,5 +1,9 @@
-"""The one error of this package that is meant for the user."""
+"""Errors that a user can mend. The text names what is wrong and where, what is allowed, and what to do."""
 
 
-class DataError(ValueError):
-    """A wrong setting, file or folder. The text names it, says what is allowed and what to do."""
+class SettingError(ValueError):
+    """A wrong setting or file. Commands print its text alone and exit with 2."""
+
+
+class DataError(SettingError):
+    """A wrong text, folder or disk."""

@@ -8,7 +8,7 @@ from data.prepare import prepare
 from data.tokenizer import load_tokenizer
 from scripts import prepare_data, train_tokenizer
 from training.config import compose, help_text
-from training.errors import USER_ERRORS
+from training.errors import SettingError
 
 
 def run(script, *settings):
@@ -70,7 +70,7 @@ def test_train_tokenizer_and_use_it(corpus, tmp_path, capsys):
 def test_bad_input_is_named_and_nothing_written(tmp_path, monkeypatch, capsys, script, settings, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").mkdir()
-    with pytest.raises(USER_ERRORS, match=message) as refused:
+    with pytest.raises(SettingError, match=message) as refused:
         run(script, *settings)
     assert str(refused.value).count("\n") <= 1
     assert capsys.readouterr().out == ""

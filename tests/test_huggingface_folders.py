@@ -36,7 +36,7 @@ from training.checkpoint import save_checkpoint
 from training.config import TrainConfig, save_config
 from training.distributed import World
 from training.engine import KINDS, Fragment
-from training.errors import USER_ERRORS, SettingError
+from training.errors import SettingError
 from training.weights import find_model, load_initial_weights, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,7 +190,7 @@ def test_a_wrong_export_is_removed(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="prefill differ by"):
         export(run, tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
-    assert issubclass(ExportError, USER_ERRORS)
+    assert issubclass(ExportError, SettingError)
 
 
 def test_a_tokenizer_that_reads_otherwise_is_no_export(tmp_path, monkeypatch):
@@ -500,7 +500,7 @@ def test_a_run_starts_from_an_import(published):
 
 def refusal(published: Published) -> str:
     run_dir = published.path.parent / "run"
-    with pytest.raises(USER_ERRORS) as caught:
+    with pytest.raises(SettingError) as caught:
         import_main(ImportConfig(source=str(published.path), run_dir=str(run_dir)))
     assert sorted(path.name for path in published.path.parent.iterdir()) == ["published"]
     assert not (published.path / "executed").exists()

@@ -183,7 +183,7 @@ def _on_all(world: World, temporary: Path, work: Callable[[], Any]) -> list[Any]
             result = work()
     except Exception as error:  # every rank must hear of it, or the others wait for ever
         problem = error
-    known = problem if isinstance(problem, (DataError, SettingError, NonFiniteError)) else None
+    known = problem if isinstance(problem, (SettingError, NonFiniteError)) else None
     shared = known or (problem and RuntimeError(f"{type(problem).__name__}: {problem}"))
     outcomes = world.gather((result, shared))
     problems = [shared for _, shared in outcomes if shared is not None]

@@ -37,7 +37,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from data.config import DataConfig, TokenizerConfig
 from data.files import NO_SPACE, read_limited, write_atomically
 from models.config import ModelConfig
-from training.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, USER_ERRORS, SettingError
+from training.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, SettingError
 from training.optimizer import OptimConfig, ScheduleConfig, ramped
 
 CONFIG_LIMIT_BYTES = 32 * 2**10
@@ -266,7 +266,7 @@ def compose(schema: type, arguments: list[str], config_name: str | None = None):
         config: Any = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise SettingError(_explain(error, schema, given)) from None
-    except USER_ERRORS:
+    except SettingError:
         raise
     except ValueError as error:
         raise SettingError(str(error)) from None
@@ -592,7 +592,7 @@ def run_command(
         code = main(compose(schema, arguments, config_name))
         with reader_may_leave():
             sys.stdout.flush()
-    except USER_ERRORS as error:
+    except SettingError as error:
         fail(error)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from training.errors import EXIT_FAILED, USER_ERRORS, SettingError
+from training.errors import EXIT_FAILED, SettingError
 
 JOIN_SECONDS = 50.0  # a rank that comes later than this after another ends the start
 JOIN_POLL_SECONDS = 0.1
@@ -107,7 +107,7 @@ class World:
         problem = None
         try:
             value = work()
-        except USER_ERRORS as error:
+        except SettingError as error:
             problem = str(error)
         problems = [text for text in self.gather(problem) if text is not None]
         if problems:
@@ -120,7 +120,7 @@ class World:
         if self.is_first:
             try:
                 value = work()
-            except USER_ERRORS as error:
+            except SettingError as error:
                 problem = str(error)
         problem, value = self.from_first((problem, value))
         if problem is not None:

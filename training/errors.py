@@ -1,15 +1,6 @@
-"""Errors that a user can mend: the command prints their text alone and exits with 2."""
+"""The error that is the user's to mend, and the exit codes of commands."""
 
-from __future__ import annotations
-
-from data.errors import DataError
-
-
-class SettingError(ValueError):
-    """A wrong setting or file. The text names it, the value, what is allowed and what to do."""
-
-
-USER_ERRORS = (SettingError, DataError)
+from data.errors import SettingError as SettingError
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2

@@ -99,7 +99,6 @@ def evaluate_checkpoints(config: EvalConfig) -> int:
         raise SettingError(f"output={config.output} is a folder: give the name of a JSON file.")
     if config.output and not _can_be_written(Path(config.output)):
         raise SettingError(f"output={config.output} can't be written: choose another folder.")
-    distributed.check_launcher()
     world = distributed.start(TIMEOUT_MINUTES)
     try:
         evaluations, problems = _evaluate_all(config, world)

@@ -52,7 +52,7 @@ def open_text(
         data: None for the data that the model was trained on.
 
     Raises:
-        SettingError, DataError: no text, or another tokenizer than the model's.
+        SettingError: no text, or another tokenizer than the model's.
     """
     own_tokenizer = TokenizerConfig(kind="file", path=str(saved.tokenizer_path))
     tokenizer = own_tokenizer

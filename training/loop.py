@@ -37,7 +37,7 @@ from training.checkpoint import NonFiniteError, remove_old, save_checkpoint
 from training.config import TrainConfig, save_config
 from training.distributed import World
 from training.engine import Fragment, StepResult
-from training.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, USER_ERRORS
+from training.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, SettingError
 from training.evaluation import documents_of, evaluate
 from training.interrupt import Interrupt, StopRequested
 from training.memory import is_out_of_memory, ways_to_fit
@@ -64,7 +64,7 @@ def train(config: TrainConfig, interrupt: Interrupt) -> int:
     `interrupt` says when to stop, and is closed.
 
     Raises:
-        SettingError, DataError: something the user can mend; nothing has been overwritten.
+        SettingError: something the user can mend; nothing has been overwritten.
     """
     folder = RunFolder(config.run_dir)
     if distributed.is_restart() and config.resume == "never":
@@ -72,7 +72,6 @@ def train(config: TrainConfig, interrupt: Interrupt) -> int:
         if distributed.is_first():
             print("started again by torchrun: going on, in spite of resume=never", file=sys.stderr)
     try:
-        distributed.check_launcher()
         with interrupt.at_once():
             world = distributed.start(config.engine.timeout_minutes, config.engine.join_seconds)
             world.on_first(lambda: folder.enter(config.resume, config.overwrite))
@@ -260,7 +259,7 @@ class Trainer:
         """Keep an error of this rank alone until all ranks agree on it."""
         try:
             yield
-        except USER_ERRORS as error:
+        except SettingError as error:
             self.problem = self.problem or str(error)
 
     def _batches(self) -> Iterator[tuple[list[Batch], int]]:

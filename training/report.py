@@ -23,7 +23,7 @@ from training.config import (
     model_config_from,
     override,
 )
-from training.errors import USER_ERRORS, SettingError
+from training.errors import SettingError
 from training.evaluation_results import (
     EVALUATION_COLUMNS,
     draw_evaluations,
@@ -275,7 +275,7 @@ def _resume_command(folder: RunFolder, config: dict[str, Any]) -> str:
     arguments += [override(key, flat[key]) for key in paths if flat.get(key)]
     try:
         defaults = flatten(compose(TrainConfig, arguments, "train"))
-    except USER_ERRORS:
+    except SettingError:
         arguments, defaults = arguments[:1], {}
     adopted = ("model.vocab_size", "schedule.total_steps", "init_from", "experiment")  # the run's own stay
     arguments += [

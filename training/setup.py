@@ -58,7 +58,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Ru
     """Prepare the data, take up the newest valid checkpoint and build the engine; None for a finished run.
 
     Raises:
-        SettingError, DataError: something the user can mend; nothing has been overwritten.
+        SettingError: something the user can mend; nothing has been overwritten.
     """
     times = [time.perf_counter()]
     world.on_all(partial(_check_backend, config, world))

@@ -16,7 +16,7 @@ from typing import Any
 
 from data.files import explain_write_errors, read_json_object, write_json
 from training.config import TrainConfig, compose, split_setting, sweep_points
-from training.errors import USER_ERRORS, SettingError
+from training.errors import SettingError
 from training.memory import sequences_per_rank
 from training.metrics import is_number, read_metrics
 from training.run_folder import RunFolder
@@ -171,7 +171,7 @@ def _point(sweep: SweepDefinition, label: str, seq_len: int, crossed: list[str],
                 f"sweep.settings, does not divide the {per_rank} sequences of a rank's step: choose another, "
                 "or null."
             )
-    except USER_ERRORS as error:
+    except SettingError as error:
         raise SettingError(f"sweep point {name}: {error}") from None
     return Point(name, label, seq_len, dict(map(split_setting, crossed)), arguments, config)
 

@@ -30,7 +30,7 @@ from typing import Any
 from data.errors import DataError
 from data.files import explain_write_errors, read_json_object
 from training.distributed import World
-from training.errors import EXIT_FAILED, USER_ERRORS
+from training.errors import EXIT_FAILED, SettingError
 from training.interrupt import Interrupt, StopRequested
 from training.processes import Process, pid_space, this_process
 from training.run_folder import RunFolder
@@ -121,7 +121,7 @@ class Watchdog:
         self._done.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        if error is None or isinstance(error, USER_ERRORS):
+        if error is None or isinstance(error, SettingError):
             with contextlib.suppress(OSError):
                 self._path(self._world.rank).unlink(missing_ok=True)
                 self._folder.heartbeats.rmdir()

@@ -137,7 +137,7 @@ def identify(path: Path) -> SavedModel:
     """Read what a checkpoint, import or export says about itself; its weights are not verified.
 
     Raises:
-        CheckpointError, SettingError, DataError: it is incomplete or damaged.
+        CheckpointError, SettingError: it is incomplete or damaged.
     """
     if is_model_folder(path):
         folder, home = open_model_folder(path), RunFolder(path)
