@@ -12,7 +12,7 @@ import pytest
 from forked_ranks import launch
 from training_helpers import assert_same_state, finish, lines, run, settings, start, write_text
 
-import train
+from training import multirun
 from training.checkpoint import list_checkpoints, newest_checkpoint
 from training.config import TrainConfig, compose, load_saved_config
 from training.errors import SettingError
@@ -285,9 +285,11 @@ def test_an_initialised_run_starts_from_the_weights_of_another(text, reference, 
 
 def test_multirun_gives_each_point_a_folder(text, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(train, "run_point", lambda command: started.append(command[2:]) or 5 - len(started))
+    monkeypatch.setattr(
+        multirun, "run_point", lambda command: started.append(command[2:]) or 5 - len(started)
+    )
     arguments = settings(text, tmp_path / "runs", "optim.beta2=0.9,0.99", "model.dropout=0,0.1")
-    assert train.multirun(arguments) == 4  # the first that is not 0; the others run all the same
+    assert multirun.multirun(arguments) == 4  # the first that is not 0; the others run all the same
     configs = [compose(TrainConfig, command, "train") for command in started]
     assert [Path(config.run_dir).relative_to(tmp_path / "runs").name for config in configs] == [
         f"optim.beta2-{beta2}_model.dropout-{dropout}" for beta2 in (0.9, 0.99) for dropout in ("0", "0.1")
@@ -298,8 +300,8 @@ def test_multirun_gives_each_point_a_folder(text, tmp_path, monkeypatch):
 
 def test_multirun_ends_with_a_point_that_was_stopped(text, tmp_path, monkeypatch):
     codes = iter([0, 75])
-    monkeypatch.setattr(train, "run_point", lambda command: next(codes))
-    assert train.multirun(settings(text, tmp_path / "runs", "seed=1,2,3")) == 75
+    monkeypatch.setattr(multirun, "run_point", lambda command: next(codes))
+    assert multirun.multirun(settings(text, tmp_path / "runs", "seed=1,2,3")) == 75
 
 
 def test_a_run_draws_its_report(text, tmp_path):
@@ -312,13 +314,13 @@ def test_a_run_draws_its_report(text, tmp_path):
 
 def test_multirun_tells_long_values_apart_and_refuses_one_folder_for_two_points(text, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(train, "run_point", lambda command: started.append(command[-1]) or 0)
+    monkeypatch.setattr(multirun, "run_point", lambda command: started.append(command[-1]) or 0)
     names = ["/".join([100 * "d"] * 3) + end for end in ("a", "b")]
-    train.multirun(settings(text, tmp_path / "runs", f"wandb.project={','.join(names)}"))
+    multirun.multirun(settings(text, tmp_path / "runs", f"wandb.project={','.join(names)}"))
     assert len({Path(run_dir).name for run_dir in started}) == 2
     assert all(len(Path(run_dir).name) <= 200 for run_dir in started)
     with pytest.raises(SettingError, match="two points would share the run folder"):
-        train.multirun(settings(text, tmp_path / "runs", "wandb.project=a/b,a-b"))
+        multirun.multirun(settings(text, tmp_path / "runs", "wandb.project=a/b,a-b"))
     assert len(started) == 2
 
 
