@@ -16,10 +16,10 @@ import torch
 from data.tokenizer import Tokenizer, load_tokenizer
 from models.config import ModelConfig
 from models.transnormer import TransNormer
-from training.checkpoint import MANIFEST_HASH, CheckpointError, newest_checkpoint, open_checkpoint
+from training.checkpoint import MANIFEST_HASH, Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint
 from training.config import load_saved_config, model_config_from
 from training.errors import SettingError
-from training.model_folder import is_model_folder, open_model_folder
+from training.model_folder import ModelFolder, is_model_folder, open_model_folder
 from training.run_folder import RunFolder
 from training.state import saved_tokens
 
@@ -31,27 +31,32 @@ class SavedModel:
     """A trained model as its files describe it, without its weights.
 
     Attributes:
-        path: the checkpoint, import or export.
+        path: of the checkpoint, import or export.
+        source: it, opened; its weights are neither read nor verified.
         home: the run folder around it; its own folder if it lies in none.
         step, tokens: of its training; None for an import or export.
         settings: the saved settings of its run; of an import or export, empty.
         precision: "bf16" or "fp32", what it was trained in; of an import or export, what it is stored in.
-        hash: equal for equal weights and settings.
     """
 
     path: Path
+    source: Checkpoint | ModelFolder
     home: RunFolder
     step: int | None = None
     tokens: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     precision: str
-    hash: str
     tokenizer: Tokenizer
 
     @property
     def name(self) -> str:
         """What its files of results begin with."""
         return self.path.resolve().name if self.step is None else f"step_{self.step:08d}"
+
+    @property
+    def hash(self) -> str:
+        """Equal for equal weights and settings; of an import or export all its files are read."""
+        return self.source.hash
 
     @property
     def tokenizer_path(self) -> Path:
@@ -143,19 +148,19 @@ def identify(path: Path) -> SavedModel:
         folder, home = open_model_folder(path), RunFolder(path)
         precision = "bf16" if folder.dtype == "bfloat16" else "fp32"
         return SavedModel(
-            path=path, home=home, precision=precision, hash=folder.hash, tokenizer=load_tokenizer(path)
+            path=path, source=folder, home=home, precision=precision, tokenizer=load_tokenizer(path)
         )
     home = RunFolder(path.parent.parent if path.parent.name == "checkpoints" else path)
     checkpoint = open_checkpoint(path, verify=False)
     settings = load_saved_config(path / "config.yaml")
     return SavedModel(
         path=path,
+        source=checkpoint,
         home=home,
         step=checkpoint.step,
         tokens=saved_tokens(checkpoint),
         settings=settings,
         precision=saved_precision(settings, path),
-        hash=checkpoint.hash,
         tokenizer=load_tokenizer(path / "tokenizer"),
     )
 
@@ -170,9 +175,8 @@ def load_model(path: Path, device: torch.device | str = "cpu", precision: str | 
         CheckpointError: damaged, or of another model than its settings say.
     """
     saved = identify(path)
-    if is_model_folder(path):
-        folder = open_model_folder(path)
-        model = build_model(folder.config, folder.weights(), path)
+    if isinstance(saved.source, ModelFolder):
+        model = build_model(saved.source.config, saved.source.weights(), path)
         if saved.tokenizer.vocab_size > model.lm_head.out_features:
             raise CheckpointError(
                 f"{path}: the tokenizer has {saved.tokenizer.vocab_size} ids, config.json a vocab_size of "
