@@ -41,7 +41,7 @@ class TransnormerConfig(PretrainedConfig):
     """
 
     model_type = "transnormer"
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - Trainer adds a list to it
     attribute_map = {  # noqa: RUF012
         "hidden_size": "decoder_embed_dim",
         "num_hidden_layers": "decoder_layers",

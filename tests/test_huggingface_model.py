@@ -211,7 +211,7 @@ def test_a_new_model_is_initialised_as_ours():
     assert torch.equal(lrpe.theta, lrpe.initial_theta())
 
 
-def test_trainer_lowers_the_loss(tmp_path):
+def test_trainer_lowers_the_loss_evaluates_and_predicts(tmp_path):
     pytest.importorskip("accelerate", reason="Trainer needs accelerate")
     _, wrapped = make_pair()
     row = random_tokens(24).tolist()
@@ -231,6 +231,8 @@ def test_trainer_lowers_the_loss(tmp_path):
         gradient_accumulation_steps=2,
         learning_rate=3e-3,
         gradient_checkpointing=True,
+        eval_strategy="steps",
+        eval_steps=10,
         logging_steps=1,
         report_to=[],
         save_strategy="no",
@@ -238,11 +240,19 @@ def test_trainer_lowers_the_loss(tmp_path):
         disable_tqdm=True,
         seed=0,
     )
-    trainer = transformers.Trainer(wrapped, arguments, train_dataset=rows, data_collator=pad)
+    trainer = transformers.Trainer(
+        wrapped, arguments, train_dataset=rows, eval_dataset=rows, data_collator=pad
+    )
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(losses) == 20
     assert losses[-1] < 0.6 * losses[0]
+    evaluated = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert len(evaluated) == 2
+    assert evaluated[1] < evaluated[0]
+    predicted = trainer.predict(rows[:2])
+    assert predicted.predictions.shape == (2, 24, 64)
+    assert predicted.label_ids.shape == (2, 24)
 
 
 @pytest.mark.parametrize(
