@@ -2,7 +2,8 @@
 
 The modules and their names are those of models/transnormer.py, so one state dict serves both. Tokens that an
 attention mask hides are taken out before the first layer and put back after the last: they enter no state,
-decay nothing and have no position. transformers 4.57 calls the cache `past_key_values`, later ones `cache`.
+decay nothing and have no position. Where positions begin at 0 again, a row packs several sequences, which see
+nothing of each other. transformers 4.57 calls the cache `past_key_values`, later ones `cache`.
 
 Shapes: B batch, N new tokens, S all tokens so far, D hidden, V vocabulary.
 """
@@ -23,10 +24,10 @@ from models.attention import LRPE, GatedLinearAttention
 from models.config import ModelConfig
 from models.layers import LMHead, RMSNorm
 from models.published import model_config_from_published, published_fields
-from models.transnormer import PREFILL_TOKENS, Backbone, DecodeState
+from models.transnormer import PREFILL_TOKENS, Backbone, DecodeState, token_positions
 
-# what transformers passes along that changes nothing here: positions follow from the mask
-IGNORED_ARGUMENTS = ("position_ids", "cache_position")
+# what transformers passes along that changes nothing here: it follows from the other arguments
+IGNORED_ARGUMENTS = ("cache_position", "max_length_q", "max_length_k")
 
 # the name that this version of transformers gives the cache
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -212,6 +213,9 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         cache: TransnormerCache | None = None,
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         **arguments: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """
@@ -223,22 +227,33 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: logits of the last so many tokens only (0: all), or of these positions.
             num_items_in_batch: what the summed loss is divided by, instead of the labels scored here.
             return_dict: False for a tuple.
+            position_ids: (B or 1, N), counted from 0 without padding; from 0 again where one of several
+                sequences that a row packs begins, which takes no cache.
+            cu_seq_lens_q, cu_seq_lens_k: (num_sequences + 1,), the same packing of the only row.
 
         Raises:
             ValueError: an argument that this model can't honour.
         """
         _refuse(arguments)
         cache = past_key_values if cache is None else cache
+        real = self._real_tokens(input_ids, attention_mask)
+        position_ids = _positions(position_ids, (cu_seq_lens_q, cu_seq_lens_k), input_ids)
+        starts = None
+        if position_ids is not None:
+            starts = _packed_starts(position_ids, input_ids, real, cache)
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and labels is None
+            use_cache = self.config.use_cache and not self.training and labels is None and starts is None
+        if starts is not None and use_cache:
+            raise ValueError("use_cache=True: a row that packs several sequences has no state to go on with.")
         if cache is None and use_cache:
             cache = TransnormerCache()
-        real = self._real_tokens(input_ids, attention_mask)
         keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        x = self._features(input_ids, real, cache, keep)
+        x = self._features(input_ids, real, starts, cache, keep)
         logits = self.lm_head(x if isinstance(logits_to_keep, int) else x[:, logits_to_keep])
         loss = None
         if labels is not None:
+            if starts is not None:  # no token is predicted from another sequence's
+                labels = labels.masked_fill(starts, IGNORED)
             loss = _mean_loss(logits, labels, real, num_items_in_batch)
         carried: dict[str, Any] = {CACHE_NAME: cache}
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **carried)
@@ -256,7 +271,12 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         return None if bool(real.all()) else real
 
     def _features(
-        self, input_ids: Tensor, real: Tensor | None, cache: TransnormerCache | None, keep: int
+        self,
+        input_ids: Tensor,
+        real: Tensor | None,
+        starts: Tensor | None,
+        cache: TransnormerCache | None,
+        keep: int,
     ) -> Tensor:
         """(B, N) → (B, N or the last `keep`, D); a long prompt is read in chunks, which saves memory."""
         length = input_ids.shape[1]
@@ -264,21 +284,28 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         kept: list[Tensor] = []
         for start in range(0, length, chunk):
             columns = slice(start, start + chunk)
-            part = self._read(input_ids[:, columns], None if real is None else real[:, columns], cache)
+            part_real = None if real is None else real[:, columns]
+            part = self._read(input_ids[:, columns], part_real, starts, cache)  # one part if `starts`
             kept = [torch.cat([*kept, part], dim=1)[:, -keep:]]  # all of it where keep is 0
         return kept[0]
 
-    def _read(self, tokens: Tensor, real: Tensor | None, cache: TransnormerCache | None) -> Tensor:
+    def _read(
+        self, tokens: Tensor, real: Tensor | None, starts: Tensor | None, cache: TransnormerCache | None
+    ) -> Tensor:
         """Features of one chunk (B, N, D), zero for padding; advances the cache."""
         state = None if cache is None else cache.state
         dtype = self.lm_head.weight.dtype
-        if real is None and state is not None and any(map(self.model.config.uses_softmax, self._layers())):
+        keeps_keys = state is not None and any(map(self.model.config.uses_softmax, self._layers()))
+        if real is None and (keeps_keys or starts is not None):
             real = torch.ones_like(tokens, dtype=torch.bool)  # a cache of keys is kept sequence by sequence
         if real is None:
             x, state = self.model(tokens, dtype, None, state)
         else:
             x = torch.zeros(*tokens.shape, self.config.decoder_embed_dim, dtype=dtype, device=tokens.device)
-            cu_seqlens = F.pad(real.sum(1).cumsum(0), (1, 0)).int()
+            if starts is None:  # each row is a sequence
+                cu_seqlens = F.pad(real.sum(1).cumsum(0), (1, 0)).int()
+            else:
+                cu_seqlens = F.pad(starts[real].nonzero()[:, 0], (0, 1), value=int(real.sum())).int()
             if bool(real.any()):
                 packed, state = self.model(tokens[real][None], dtype, cu_seqlens, state)
                 x = x.masked_scatter(real[..., None], packed)
@@ -299,6 +326,63 @@ def _refuse(arguments: dict[str, Any]) -> None:
     ]
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: this model has no such argument, or can't honour it.")
+
+
+def _positions(
+    position_ids: Tensor | None, bounds: tuple[Tensor | None, ...], tokens: Tensor
+) -> Tensor | None:
+    """The positions (B or 1, N) that were given, as such or by the bounds of packed sequences."""
+    batch, length = tokens.shape[:2]
+    for cu_seqlens in bounds:
+        if cu_seqlens is None:
+            continue
+        ends = cu_seqlens.tolist()
+        if batch != 1 or ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
+            raise ValueError(
+                f"cu_seq_lens of {batch} rows of {length} tokens: allowed are ends of the sequences in one "
+                f"row, from 0 up to {length}."
+            )
+        positions = token_positions(length, 0, cu_seqlens.to(tokens.device), tokens.device)
+        if position_ids is not None and not torch.equal(positions, position_ids.to(positions)):
+            raise ValueError("cu_seq_lens_q, cu_seq_lens_k and position_ids differ: give one of them.")
+        position_ids = positions
+    return position_ids
+
+
+def _packed_starts(
+    position_ids: Tensor, tokens: Tensor, real: Tensor | None, cache: TransnormerCache | None
+) -> Tensor | None:
+    """(B, N) bool, True where one of several sequences in a row begins; None where each row is one.
+
+    Raises:
+        ValueError: positions that the model does not give these tokens, nor a packing of them.
+    """
+    shape = tokens.shape[:2]
+    if (
+        position_ids.dim() != 2
+        or position_ids.shape[0] not in (1, shape[0])
+        or position_ids.shape[1] != shape[1]
+    ):
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}; allowed: (batch or 1, {shape[1]})."
+        )
+    position_ids = position_ids.to(tokens.device).expand(shape)
+    if real is None:
+        real = torch.ones(shape, dtype=torch.bool, device=tokens.device)
+    seen = 0 if cache is None else cache.state.position
+    counted = real.cumsum(1)
+    expected = counted - 1 + (seen[:, None] if isinstance(seen, Tensor) else seen)
+    if not bool((real & (position_ids != expected)).any()):
+        return None
+    starts = real & (position_ids == 0)
+    counted_at_start = (counted * starts).cummax(1).values  # 0 before the first
+    is_packed = (counted_at_start > 0) & (position_ids == counted - counted_at_start)
+    if cache is not None or not bool((is_packed | ~real).all()):
+        raise ValueError(
+            "position_ids are neither those of one sequence a row (0, 1, 2, … without padding, after the "
+            "cache's) nor, without a cache, of several packed into it (from 0 again at each): leave them out."
+        )
+    return starts
 
 
 def _mean_loss(logits: Tensor, labels: Tensor, real: Tensor | None, num_items: Any) -> Tensor:

@@ -85,6 +85,69 @@ def test_padding_on_either_side_changes_nothing(pair):
         close(torch.cat(got), expected)
 
 
+def packed_batch(**settings) -> tuple[list[torch.Tensor], dict]:
+    """Three sequences, and what transformers' collator of padding-free training makes of them."""
+    rows = [row[:n] for row, n in zip(random_tokens(3, 70), (40, 1, 70), strict=True)]
+    collate = transformers.DataCollatorWithFlattening(**settings)
+    return rows, collate([{"input_ids": row.tolist()} for row in rows])
+
+
+@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens", "both"])
+def test_packed_sequences_see_nothing_of_each_other(pair, given):
+    model, wrapped = pair
+    settings = {
+        "return_position_ids": given != "cu_seq_lens",
+        "return_flash_attn_kwargs": given != "position_ids",
+    }
+    rows, batch = packed_batch(**settings)
+    output = wrapped(**batch)
+    loss = sum(model(row[None, :-1], targets=row[None, 1:]) for row in rows if len(row) > 1) / (39 + 69)
+    close(output.loss, loss, 1e-6)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = wrapped(**batch).logits[0].split([len(row) for row in rows])
+        for row, found in zip(rows, logits, strict=True):
+            close(found, model(row[None])[0])
+        ids = batch["input_ids"]
+        close(wrapped(**batch, labels=ids).loss, output.loss, 1e-6)  # borders that labels do not mark
+        assert (labels != -100).sum() == len(ids[0]) - 3
+    output.loss.backward()
+    loss.backward()
+    for name, parameter in wrapped.named_parameters():
+        close(parameter.grad, model.get_parameter(name).grad, 1e-4)
+
+
+@torch.no_grad()
+def test_several_rows_may_be_packed_and_padded():
+    model, wrapped = make_pair(softmax_every=2)
+    tokens = random_tokens(2, 30)
+    positions = torch.cat([torch.arange(12), torch.arange(18)]).repeat(2, 1)
+    mask = torch.ones_like(tokens)
+    positions[1], mask[1, :4], mask[1, 20:] = torch.tensor([*[1] * 4, *range(10), *range(6), *[0] * 10]), 0, 0
+    logits = wrapped(tokens, attention_mask=mask, position_ids=positions).logits
+    for row, start, stop in ((0, 0, 12), (0, 12, 30), (1, 4, 14), (1, 14, 20)):
+        close(logits[row, start:stop], model(tokens[row : row + 1, start:stop])[0])
+
+
+@torch.no_grad()
+def test_positions_that_follow_from_the_mask_change_nothing():
+    _, wrapped = make_pair()
+    tokens = random_tokens(2, 20)
+    mask = torch.ones_like(tokens)
+    mask[1, :6] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    plain = wrapped(tokens[:, :15], attention_mask=mask[:, :15], use_cache=True)
+    given = wrapped(
+        tokens[:, :15], attention_mask=mask[:, :15], position_ids=positions[:, :15], use_cache=True
+    )
+    assert torch.equal(given.logits, plain.logits)
+    more = wrapped(tokens[:, 15:], attention_mask=mask, cache=plain[1])
+    given = wrapped(tokens[:, 15:], attention_mask=mask, cache=given[1], position_ids=positions[:, 15:])
+    assert torch.equal(given.logits, more.logits)
+    with pytest.raises(ValueError, match="position_ids are neither"):  # a packing can't go on from a cache
+        wrapped(tokens[:, :2], cache=more[1], position_ids=torch.zeros(2, 2, dtype=torch.long))
+
+
 @torch.no_grad()
 def test_a_long_prompt_is_read_in_chunks_that_change_nothing():
     model, wrapped = make_pair(num_layers=2)
@@ -262,6 +325,15 @@ def test_trainer_lowers_the_loss_evaluates_and_predicts(tmp_path):
         ({"output_attentions": True}, "output_attentions"),
         ({"attention_mask": torch.ones(1, 1, 5, 5)}, "attention_mask has shape"),
         ({"attention_mask": torch.ones(1, 4)}, "attention_mask has shape"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 5, 6]])}, "position_ids are neither"),
+        ({"position_ids": torch.tensor([[3, 4, 0, 1, 2]])}, "position_ids are neither"),
+        ({"position_ids": torch.tensor([[0, 1, 0, 1]])}, "position_ids has shape"),
+        ({"position_ids": torch.tensor([[0, 1, 0, 1, 2]]), "use_cache": True}, "use_cache=True"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4])}, "cu_seq_lens of 1 rows of 5 tokens"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 2, 5]), "cu_seq_lens_k": torch.tensor([0, 3, 5])},
+            "cu_seq_lens_q, cu_seq_lens_k and position_ids differ",
+        ),
     ],
 )
 def test_what_it_cannot_honour_is_refused(arguments, text):
