@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
@@ -233,13 +233,26 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json` of the tokenizers library with the begin and end tokens of its configuration."""
+    """A `tokenizer.json` of the tokenizers library with the begin and end tokens of its configuration.
+
+    The padding token (EOS where tokenizer.json knows none) and the chat template are kept for exports: they
+    change no ids.
+    """
 
     kind = "huggingface"
     file_name = "tokenizer.json"
+    given_file_name = "tokenizer_given.json"  # in an export whose tokenizer.json had to differ
 
-    def __init__(self, model: bytes, bos_token: str | None, eos_token: str | None):
+    def __init__(
+        self,
+        model: bytes,
+        bos_token: str | None,
+        eos_token: str | None,
+        pad_token: str | None = None,
+        chat_template: Any = None,
+    ):
         self._model = model
+        self.chat_template = chat_template
         self.special_tokens = {"bos_token": bos_token or eos_token, "eos_token": eos_token or bos_token}
         self._tokenizer = tokenizer = tokenizers.Tokenizer.from_buffer(model)
         tokenizer.no_truncation()
@@ -250,7 +263,9 @@ class HuggingFaceTokenizer:
             raise ValueError(f"its largest id is {self.vocab_size - 1}, above {MAX_VOCAB_SIZE}")
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
-        self.pad_id = self.eos_id
+        pad_id = None if pad_token is None else tokenizer.token_to_id(pad_token)
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+        self.pad_token = self.special_tokens["eos_token"] if pad_id is None else pad_token
         self.fingerprint = hashlib.sha256(model + json.dumps(self.special_tokens).encode()).hexdigest()
 
     def _id_of(self, role: str) -> int:
@@ -275,11 +290,42 @@ class HuggingFaceTokenizer:
     def decoder(self) -> Decoder:
         return _HuggingFaceDecoder(self._tokenizer)
 
+    def roles(self) -> dict[str, Any]:
+        """What tokenizer_config.json says of special tokens and chats."""
+        chats = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        return {**self.special_tokens, "pad_token": self.pad_token, **chats}
+
+    def with_bos_first(self) -> bytes | None:
+        """tokenizer.json with BOS before a text where special tokens are asked for; None if it does that.
+
+        Other special tokens that its post-processor adds are left out, as in training.
+        """
+        if self._tokenizer.encode("a").ids[:1] == [self.bos_id]:
+            return None
+        content = json.loads(self._model)
+        bos = self.special_tokens["bos_token"]
+        first, second = (
+            [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": text, "type_id": i}}]
+            for i, text in enumerate("AB")
+        )
+        put_first = {
+            "type": "TemplateProcessing",
+            "single": first,
+            "pair": first + second,
+            "special_tokens": {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}},
+        }
+        given = content.get("post_processor")
+        if given is None or self._tokenizer.num_special_tokens_to_add(False):
+            content["post_processor"] = put_first
+        else:  # it trims offsets
+            content["post_processor"] = {"type": "Sequence", "processors": [given, put_first]}
+        return json.dumps(content, ensure_ascii=False).encode()
+
     def save(self, folder: Path) -> None:
         write_atomically(folder / self.file_name, self._model)
         write_json(
             folder / "tokenizer_config.json",
-            {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens},
+            {"tokenizer_class": "PreTrainedTokenizerFast", **self.roles()},
         )
         _write_info(folder, self)
 
@@ -421,8 +467,11 @@ def _load_saved(folder: Path) -> Tokenizer:
 
 
 def _load_huggingface(folder: Path) -> Tokenizer:
-    model_path = folder / HuggingFaceTokenizer.file_name
-    tokens: dict[str, str | None] = {"bos_token": None, "eos_token": None}
+    model_path = folder / HuggingFaceTokenizer.given_file_name
+    if not model_path.exists():
+        model_path = folder / HuggingFaceTokenizer.file_name
+    tokens: dict[str, str | None] = {"bos_token": None, "eos_token": None, "pad_token": None}
+    chat_template = None
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / name).exists():
             continue
@@ -431,9 +480,16 @@ def _load_huggingface(folder: Path) -> Tokenizer:
             value = values.get(role)
             value = value.get("content") if isinstance(value, dict) else value
             tokens[role] = value if isinstance(value, str) else tokens[role]
-    return _build(
-        model_path, HuggingFaceTokenizer, read_limited(model_path, MAX_FILE_BYTES), *tokens.values()
-    )
+        chat_template = values.get("chat_template", chat_template)
+        if not isinstance(chat_template, str | list | None):
+            raise DataError(f"{folder / name}: chat_template must be a text, or a list of named ones")
+    if (folder / "chat_template.jinja").exists():
+        try:
+            chat_template = read_limited(folder / "chat_template.jinja", MAX_FILE_BYTES).decode()
+        except UnicodeDecodeError:
+            raise DataError(f"{folder / 'chat_template.jinja'} is not UTF-8") from None
+    model = read_limited(model_path, MAX_FILE_BYTES)
+    return _build(model_path, HuggingFaceTokenizer, model, *tokens.values(), chat_template)
 
 
 def _build(path: Path, tokenizer_class, *arguments) -> Tokenizer:

@@ -48,7 +48,7 @@ NEVER = -1e4  # unigram score of a piece that is not text, below any spelling of
 def write_tokenizer_json(tokenizer: OurTokenizer, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json beside what `tokenizer.save` has put into the folder.
 
-    A tokenizer.json that was given stays as it is, so that BOS is put first if that says so.
+    One that was given changes only where it does not put BOS first: the given file then stands beside it.
     """
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -58,9 +58,11 @@ def write_tokenizer_json(tokenizer: OurTokenizer, folder: Path) -> None:
         "model_input_names": ["input_ids", "attention_mask"],
     }
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        given = tokenizer.special_tokens
-        own = settings | given | {"pad_token": given["eos_token"]}
-        write_json(folder / "tokenizer_config.json", own)
+        write_json(folder / "tokenizer_config.json", settings | tokenizer.roles())
+        changed = tokenizer.with_bos_first()
+        if changed is not None:
+            write_atomically(folder / tokenizer.given_file_name, tokenizer._model)
+            write_atomically(folder / tokenizer.file_name, changed)
         return
     converted, specials = _convert(tokenizer)
     bos = specials["bos_token"]

@@ -103,7 +103,7 @@ def verify(folder: Path, reference: TransNormer) -> dict[str, float]:
 
 
 def verify_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """What transformers makes of tokenizer.json must give our ids and our text.
+    """What transformers makes of tokenizer.json must give our ids, after BOS, and our text.
 
     Raises:
         ExportError: it does not.
@@ -120,6 +120,13 @@ def verify_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     if not same or (text != tokenizer.decode(ids) and "\ufffd" not in tokenizer.decode(ids)):
         raise ExportError(
             f"transformers reads the exported {tokenizer.kind} tokenizer differently: {text!r}."
+        )
+    specials = (loaded("a").input_ids[0], loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
+    expected = (tokenizer.bos_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    if specials != expected:
+        raise ExportError(
+            f"transformers reads the exported {tokenizer.kind} tokenizer's special ids differently: what is "
+            f"put first, BOS, EOS and padding are {specials}, not {expected}."
         )
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import scripts.export_hf
 import training.model_folder
 from data.config import TokenizerConfig
+from data.errors import DataError
 from data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -201,30 +202,104 @@ def test_a_tokenizer_that_reads_otherwise_is_no_export(tmp_path, monkeypatch):
     assert not (tmp_path / "hf").exists()
 
 
+def test_a_tokenizer_with_other_special_ids_is_no_export(tmp_path):
+    tokenizer = given_tokenizer(tmp_path / "given")
+    tokenizer.save(tmp_path)
+    write_tokenizer_json(tokenizer, tmp_path)
+    verify_tokenizer(tmp_path, tokenizer)
+    os.replace(tmp_path / "tokenizer_given.json", tmp_path / "tokenizer.json")  # without BOS
+    with pytest.raises(ExportError, match="special ids differently"):
+        verify_tokenizer(tmp_path, tokenizer)
+
+
 def write_shifted(tokenizer, folder: Path) -> None:
     write_tokenizer_json(tokenizer, folder)
     text = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text.replace("<0x64>", "<0xZZ>"))
 
 
-def test_a_given_tokenizer_reads_and_pads_in_transformers_as_in_training(tmp_path):
-    from transformers import AutoTokenizer
-
+def given_tokenizer(folder: Path, post_processor=None, **roles) -> HuggingFaceTokenizer:
+    """A byte-level BPE as transformers saves one, with specials <s>, </s> and <pad>."""
     given = tokenizers_lib.Tokenizer(tokenizers_lib.models.BPE())
     given.pre_tokenizer = tokenizers_lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
     given.decoder = tokenizers_lib.decoders.ByteLevel()
     alphabet = tokenizers_lib.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers_lib.trainers.BpeTrainer(
-        vocab_size=260, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=260,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     given.train_from_iterator([TEXT], trainer)
-    tokenizer = HuggingFaceTokenizer(given.to_str().encode(), "<s>", "</s>")
+    if post_processor is not None:
+        given.post_processor = post_processor
+    folder.mkdir()
+    given.save(str(folder / "tokenizer.json"))
+    roles = {"bos_token": "<s>", "eos_token": "</s>"} | roles
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles))
+    return load_tokenizer(folder)
+
+
+POST_PROCESSORS = tokenizers_lib.processors
+AFTER = {"special_tokens": [("<s>", 0), ("</s>", 1)]}
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "changed", "last"),
+    [
+        (None, True, []),
+        (POST_PROCESSORS.ByteLevel(trim_offsets=True), True, []),
+        (POST_PROCESSORS.TemplateProcessing("$A </s>", "$A </s> $B </s>", **AFTER), True, []),
+        (POST_PROCESSORS.TemplateProcessing("<s> $A </s>", "<s> $A $B </s>", **AFTER), False, [1]),
+    ],
+    ids=["none", "offsets", "eos", "bos and eos"],
+)
+def test_a_given_tokenizer_reads_and_pads_in_transformers_as_in_training(
+    post_processor, changed, last, tmp_path
+):
+    from transformers import AutoTokenizer
+
+    tokenizer = given_tokenizer(tmp_path / "given", post_processor)
     folder = export(make_run(tmp_path / "run", make_config(), tokenizer), tmp_path / "hf")
     loaded = AutoTokenizer.from_pretrained(folder)
     batch = loaded([TEXT, "a"], add_special_tokens=False, padding=True)
-    assert batch.input_ids[0] == tokenizer.encode(TEXT).tolist()
+    ids = tokenizer.encode(TEXT).tolist()
+    assert batch.input_ids[0] == ids
     assert batch.attention_mask[1][0] == 0
+    assert loaded(TEXT).input_ids == [0, *ids, *last]
+    assert loaded("a", "b").input_ids[0] == 0
     assert load_tokenizer(folder).fingerprint == tokenizer.fingerprint
+    given = folder / ("tokenizer_given.json" if changed else "tokenizer.json")
+    assert given.read_bytes() == (tmp_path / "given" / "tokenizer.json").read_bytes()
+    again = export(folder, tmp_path / "again")
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer_info.json"):
+        assert (folder / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_a_given_padding_token_and_chat_template_are_kept(tmp_path):
+    from transformers import AutoTokenizer
+
+    template = "{{ messages[0].content }}!"
+    named = [{"name": "default", "template": template}, {"name": "short", "template": "x"}]
+    tokenizer = given_tokenizer(tmp_path / "given", pad_token="<pad>", chat_template=named)
+    plain = given_tokenizer(tmp_path / "plain", pad_token="<unknown>")
+    assert (tokenizer.pad_id, plain.pad_id) == (2, tokenizer.eos_id)
+    assert tokenizer.fingerprint == plain.fingerprint
+    folder = export(make_run(tmp_path / "run", make_config(), tokenizer), tmp_path / "hf")
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert (loaded.pad_token, loaded.pad_token_id) == ("<pad>", 2)
+    assert loaded.chat_template == {"default": template, "short": "x"}
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((folder / name).read_text())["pad_token_id"] == 2
+    (tmp_path / "given" / "chat_template.jinja").write_text(template)
+    load_tokenizer(tmp_path / "given").save(tmp_path / "plain")
+    message = [{"role": "user", "content": "hi"}]
+    saved = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    assert saved.apply_chat_template(message, tokenize=False) == "hi!"
+    (tmp_path / "given" / "chat_template.jinja").unlink()
+    (tmp_path / "given" / "tokenizer_config.json").write_text('{"bos_token": "<s>", "chat_template": 3}')
+    with pytest.raises(DataError, match="chat_template must be"):
+        load_tokenizer(tmp_path / "given")
 
 
 @pytest.mark.parametrize(
