@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.tokenizer import SPACE_MARK, Tokenizer
 from data.tokenizer_json import are_tied, user_defined, write_tokenizer_json
+from models.config import ModelConfig
 from models.standalone import FILE_NAME
 from models.transnormer import TransNormer
 from training.config import run_command
@@ -151,14 +152,16 @@ def model_card(trained: TrainedModel) -> str:
     config = trained.model.config
     figures = _figures(trained)
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    kind, notes = _attention_notes(config)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 # {config.name}
 
-A TransNormer language model: {config.num_layers} layers, hidden size {config.hidden_size},
-{config.num_heads} heads, vocabulary {config.vocab_size} ({trained.tokenizer.kind} tokenizer).
+{kind}:
+{config.num_layers} layers, hidden size {config.hidden_size}, {config.num_heads} heads,
+vocabulary {config.vocab_size} ({trained.tokenizer.kind} tokenizer).
 
 | | |
 |---|---|
@@ -173,9 +176,31 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 
-The attention state has one size whatever the length of the text. With the training repository's `kernels`
-package on the path its Triton kernels run; without it, PyTorch does the same.
+{notes}
 """
+
+
+def _attention_notes(config: ModelConfig) -> tuple[str, str]:
+    """What kind of model it is; and what its layers carry from token to token, and run on."""
+    softmax = [str(layer + 1) for layer in range(config.num_layers) if config.uses_softmax(layer)]
+    kernels = (
+        "With the training repository's `kernels`\npackage on the path its Triton kernels run; without it, "
+        "PyTorch does the same."
+    )
+    if not softmax:
+        state = "The attention state has one size whatever the length of the text."
+        return "A TransNormer language model", f"{state} {kernels}"
+    if len(softmax) == config.num_layers:
+        return "A language model of softmax attention", "Its cache of keys and values grows with the text."
+    where = ", ".join(softmax)
+    state = (
+        "The state of a linear layer has one size whatever the length of the text; a softmax layer's\n"
+        "cache of keys and values grows with it."
+    )
+    return (
+        f"A model of linear (TransNormer) and softmax attention, softmax in layers {where}",
+        f"{state} {kernels}",
+    )
 
 
 def _figures(trained: TrainedModel) -> dict[str, str]:

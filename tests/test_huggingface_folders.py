@@ -164,6 +164,21 @@ def test_the_model_card_has_the_figures_of_the_step(tmp_path):
     assert "1.0000" not in card  # a step after the checkpoint
 
 
+@pytest.mark.parametrize(
+    ("name", "says", "says_not"),
+    [
+        ("default", ["A TransNormer language model", "one size", "Triton"], ["softmax", "grow"]),
+        ("hybrid", ["softmax in layers 2:", "grows", "Triton"], ["The attention state"]),
+        ("llama", ["softmax attention", "grows"], ["TransNormer", "one size", "Triton"]),
+    ],
+)
+def test_the_model_card_says_what_the_layers_are(name, says, says_not, tmp_path):
+    folder = export(make_run(tmp_path / "run", make_config(**VARIANTS[name])), tmp_path / "hf")
+    text = (folder / "README.md").read_text()
+    assert not [words for words in says if words not in text]
+    assert not [words for words in says_not if words in text]
+
+
 def test_a_model_card_leaves_out_what_is_no_number(tmp_path):
     run = make_run(tmp_path / "run", make_config())
     with open(run / "metrics.jsonl", "a") as file:
