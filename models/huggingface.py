@@ -185,17 +185,22 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         cache: TransnormerCache | None = None,
         attention_mask: Tensor | None = None,
         use_cache: bool | None = None,
+        inputs_embeds: Tensor | None = None,
         **_: Any,
     ) -> dict[str, Any]:
         """The tokens that the cache has not seen, of which only the last one's logits are wanted."""
         cache = past_key_values if cache is None else cache
+        seen = 0 if cache is None else cache.num_seen
         whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
-        if next_sequence_length is not None:
-            input_ids = input_ids[:, -next_sequence_length:]
-        elif cache is not None and whole:
-            input_ids = input_ids[:, cache.num_seen :]
-        return {
-            "input_ids": input_ids,
+        if inputs_embeds is not None and seen < inputs_embeds.shape[1]:  # of the prompt, which has no ids
+            tokens = {"inputs_embeds": inputs_embeds[:, seen:]}
+        elif next_sequence_length is not None:
+            tokens = {"input_ids": input_ids[:, -next_sequence_length:]}
+        elif inputs_embeds is not None:
+            tokens = {"input_ids": input_ids[:, seen - inputs_embeds.shape[1] :]}
+        else:
+            tokens = {"input_ids": input_ids[:, seen:] if whole else input_ids}
+        return tokens | {
             "attention_mask": attention_mask,
             "cache": cache,
             "use_cache": use_cache,
@@ -204,7 +209,7 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: TransnormerCache | None = None,
         labels: Tensor | None = None,
@@ -216,6 +221,7 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         **arguments: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """
@@ -230,17 +236,21 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids: (B or 1, N), counted from 0 without padding; from 0 again where one of several
                 sequences that a row packs begins, which takes no cache.
             cu_seq_lens_q, cu_seq_lens_k: (num_sequences + 1,), the same packing of the only row.
+            inputs_embeds: (B, N, D) in place of input_ids, as `get_input_embeddings()` gives them.
 
         Raises:
             ValueError: an argument that this model can't honour.
         """
         _refuse(arguments)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("input_ids or inputs_embeds must be given: one of them.")
         cache = past_key_values if cache is None else cache
-        real = self._real_tokens(input_ids, attention_mask)
-        position_ids = _positions(position_ids, (cu_seq_lens_q, cu_seq_lens_k), input_ids)
+        real = self._real_tokens(tokens, attention_mask)
+        position_ids = _positions(position_ids, (cu_seq_lens_q, cu_seq_lens_k), tokens)
         starts = None
         if position_ids is not None:
-            starts = _packed_starts(position_ids, input_ids, real, cache)
+            starts = _packed_starts(position_ids, tokens, real, cache)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None and starts is None
         if starts is not None and use_cache:
@@ -248,7 +258,7 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and use_cache:
             cache = TransnormerCache()
         keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        x = self._features(input_ids, real, starts, cache, keep)
+        x = self._features(tokens, real, starts, cache, keep)
         logits = self.lm_head(x if isinstance(logits_to_keep, int) else x[:, logits_to_keep])
         loss = None
         if labels is not None:
@@ -259,33 +269,33 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **carried)
         return output if return_dict is not False else output.to_tuple()
 
-    def _real_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    def _real_tokens(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor | None:
         """(B, N) bool, False for padding; None if there is none."""
         if attention_mask is None:
             return None
-        if attention_mask.dim() != 2 or attention_mask.shape[1] < input_ids.shape[1]:
+        if attention_mask.dim() != 2 or attention_mask.shape[1] < tokens.shape[1]:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; allowed: (batch, tokens so far)."
             )
-        real = attention_mask[:, -input_ids.shape[1] :].bool()
+        real = attention_mask[:, -tokens.shape[1] :].bool()
         return None if bool(real.all()) else real
 
     def _features(
         self,
-        input_ids: Tensor,
+        tokens: Tensor,
         real: Tensor | None,
         starts: Tensor | None,
         cache: TransnormerCache | None,
         keep: int,
     ) -> Tensor:
         """(B, N) → (B, N or the last `keep`, D); a long prompt is read in chunks, which saves memory."""
-        length = input_ids.shape[1]
+        length = tokens.shape[1]
         chunk = PREFILL_TOKENS if cache is not None and not torch.is_grad_enabled() else length
         kept: list[Tensor] = []
         for start in range(0, length, chunk):
             columns = slice(start, start + chunk)
             part_real = None if real is None else real[:, columns]
-            part = self._read(input_ids[:, columns], part_real, starts, cache)  # one part if `starts`
+            part = self._read(tokens[:, columns], part_real, starts, cache)  # one part if `starts`
             kept = [torch.cat([*kept, part], dim=1)[:, -keep:]]  # all of it where keep is 0
         return kept[0]
 
@@ -297,11 +307,13 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         dtype = self.lm_head.weight.dtype
         keeps_keys = state is not None and any(map(self.model.config.uses_softmax, self._layers()))
         if real is None and (keeps_keys or starts is not None):
-            real = torch.ones_like(tokens, dtype=torch.bool)  # a cache of keys is kept sequence by sequence
+            real = torch.ones(
+                tokens.shape[:2], dtype=torch.bool, device=tokens.device
+            )  # a cache of keys is kept sequence by sequence
         if real is None:
             x, state = self.model(tokens, dtype, None, state)
         else:
-            x = torch.zeros(*tokens.shape, self.config.decoder_embed_dim, dtype=dtype, device=tokens.device)
+            x = tokens.new_zeros(*real.shape, self.config.decoder_embed_dim, dtype=dtype)
             if starts is None:  # each row is a sequence
                 cu_seqlens = F.pad(real.sum(1).cumsum(0), (1, 0)).int()
             else:

@@ -100,14 +100,15 @@ class GatedLinearUnit(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """Token embedding, multiplied by sqrt(D) where the model asks for it, rounded to `dtype`."""
+    """Token embedding, multiplied by sqrt(D) where the model asks for it, in `dtype` or the weight's."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.num_ids, config.hidden_size)
         self.scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
 
-    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         weight = self.weight
+        dtype = dtype or weight.dtype
         if torch.is_grad_enabled():
             weight = weight.to(dtype)  # so that the gradient of an fp32 weight is rounded as a bf16 one's
             if not weight.is_cuda:

@@ -87,7 +87,7 @@ def _selective_policy(_, operator, *args, **kwargs) -> CheckpointPolicy:
 
 
 class Backbone(nn.Module):
-    """Everything but the head: tokens (B, N) → features (B, N, D)."""
+    """Everything but the head: tokens (B, N), or their embeddings (B, N, D) → features (B, N, D)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -105,7 +105,8 @@ class Backbone(nn.Module):
         rotations = None
         if any(map(self.config.uses_softmax, range(len(self.layers)))):
             rotations = rope_rotations(positions, self.config.head_dim, self.config.rope_base)
-        x = self.dropout(self.embed_tokens(tokens, dtype))
+        x = tokens.to(dtype) if tokens.is_floating_point() else self.embed_tokens(tokens, dtype)
+        x = self.dropout(x)
         recompute = self.config.activation_checkpointing if torch.is_grad_enabled() else "none"
         next_layers = []
         for index, block in enumerate(self.layers):

@@ -205,6 +205,29 @@ def test_beam_search_reorders_the_state(name):
     assert not torch.equal(cached, greedy)
 
 
+@pytest.mark.parametrize("name", ["default", "hybrid"])
+def test_embeddings_in_place_of_ids(name):
+    _, wrapped = make_pair(**VARIANTS[name])
+    tokens = random_tokens(2, 12)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    embeddings = wrapped.get_input_embeddings()(tokens)
+    assert embeddings.dtype == torch.float32
+    expected = wrapped(tokens, attention_mask=mask, labels=tokens)
+    found = wrapped(inputs_embeds=embeddings, attention_mask=mask, labels=tokens)
+    close(found.logits, expected.logits, 1e-6)
+    grads = [
+        torch.autograd.grad(output.loss, wrapped.get_input_embeddings().weight)[0]
+        for output in (found, expected)
+    ]
+    close(*grads, 1e-5)
+    settings = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    for beams in (1, 3):
+        ids = wrapped.generate(tokens, **settings, num_beams=beams, eos_token_id=None)
+        new = wrapped.generate(inputs_embeds=embeddings, **settings, num_beams=beams, eos_token_id=None)
+        assert torch.equal(new, ids[:, 12:])
+
+
 @torch.no_grad()
 def test_sampling_and_a_cache_of_constant_size():
     _, wrapped = make_pair()
@@ -321,7 +344,8 @@ def test_trainer_lowers_the_loss_evaluates_and_predicts(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"inputs_embeds": torch.zeros(1, 5, 32)}, "inputs_embeds"),
+        ({"inputs_embeds": torch.zeros(1, 5, 32)}, "input_ids or inputs_embeds must be given"),
+        ({"input_ids": None}, "input_ids or inputs_embeds must be given"),
         ({"output_attentions": True}, "output_attentions"),
         ({"attention_mask": torch.ones(1, 1, 5, 5)}, "attention_mask has shape"),
         ({"attention_mask": torch.ones(1, 4)}, "attention_mask has shape"),
@@ -339,7 +363,7 @@ def test_trainer_lowers_the_loss_evaluates_and_predicts(tmp_path):
 def test_what_it_cannot_honour_is_refused(arguments, text):
     _, wrapped = make_pair()
     with pytest.raises(ValueError, match=text):
-        wrapped(random_tokens(1, 5), **arguments)
+        wrapped(**{"input_ids": random_tokens(1, 5)} | arguments)
 
 
 RUN_ALONE = """
