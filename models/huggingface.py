@@ -188,7 +188,12 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         **_: Any,
     ) -> dict[str, Any]:
-        """The tokens that the cache has not seen, of which only the last one's logits are wanted."""
+        """The tokens that the cache has not seen, of which only the last one's logits are wanted.
+
+        Raises:
+            ValueError: a prompt ends in padding, which has no logits to go on from.
+        """
+        _refuse_padding_at_the_end(attention_mask)
         cache = past_key_values if cache is None else cache
         seen = 0 if cache is None else cache.num_seen
         whole = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
@@ -245,6 +250,10 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("input_ids or inputs_embeds must be given: one of them.")
+        if tokens.shape[1] == 0:
+            raise ValueError(
+                f"the input has shape {tuple(tokens.shape)}, no token: give at least one, as BOS."
+            )
         cache = past_key_values if cache is None else cache
         real = self._real_tokens(tokens, attention_mask)
         position_ids = _positions(position_ids, (cu_seq_lens_q, cu_seq_lens_k), tokens)
@@ -328,6 +337,18 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _layers(self) -> range:
         return range(self.config.decoder_layers)
+
+
+def _refuse_padding_at_the_end(attention_mask: Tensor | None) -> None:
+    """A row without any token is a part of a longer prompt, padded on the left."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return
+    real = attention_mask.bool()
+    if bool((real.any(1) & ~real[:, -1]).any()):
+        raise ValueError(
+            "attention_mask ends in padding, and generate() continues the last column: pad prompts on the "
+            "left, as with tokenizer.padding_side='left'."
+        )
 
 
 def _refuse(arguments: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from model_helpers import make_model
 
 from models.config import ModelConfig
 from models.generation import SamplingConfig, generate
-from models.huggingface import TransnormerConfig, TransnormerForCausalLM
+from models.huggingface import CACHE_NAME, TransnormerCache, TransnormerConfig, TransnormerForCausalLM
 from models.published import model_config_from_published, published_fields
 from models.standalone import MODULES, standalone_source
 from models.transnormer import PREFILL_TOKENS, DecodeState, TransNormer
@@ -184,6 +184,23 @@ def test_greedy_tokens_are_our_generators(num_prompts, num_tokens):
 
 
 @torch.no_grad()
+def test_prompts_padded_at_the_end_are_not_continued():
+    _, wrapped = make_pair()
+    tokens = random_tokens(2, 12)
+    mask = torch.ones_like(tokens)
+    mask[0, 7:] = 0
+    settings = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
+    for use_cache in (True, False):
+        with pytest.raises(ValueError, match="pad prompts on the left"):
+            wrapped.generate(tokens, attention_mask=mask, use_cache=use_cache, **settings)
+    left = mask.flip(1)
+    whole = wrapped.generate(tokens, attention_mask=left, **settings)
+    cache = {CACHE_NAME: TransnormerCache()}
+    parts = wrapped.generate(tokens, attention_mask=left, prefill_chunk_size=4, **cache, **settings)
+    assert torch.equal(parts, whole)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["default", "hybrid"])
 def test_beam_search_reorders_the_state(name):
     _, wrapped = make_pair(**VARIANTS[name])
@@ -346,6 +363,11 @@ def test_trainer_lowers_the_loss_evaluates_and_predicts(tmp_path):
     [
         ({"inputs_embeds": torch.zeros(1, 5, 32)}, "input_ids or inputs_embeds must be given"),
         ({"input_ids": None}, "input_ids or inputs_embeds must be given"),
+        ({"input_ids": torch.ones(1, 0, dtype=torch.long)}, "no token: give at least one"),
+        (
+            {"input_ids": torch.ones(1, 0, dtype=torch.long), "use_cache": False},
+            "no token: give at least one",
+        ),
         ({"output_attentions": True}, "output_attentions"),
         ({"attention_mask": torch.ones(1, 1, 5, 5)}, "attention_mask has shape"),
         ({"attention_mask": torch.ones(1, 4)}, "attention_mask has shape"),
