@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import reduce
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -42,6 +43,8 @@ from training.optimizer import OptimConfig, ScheduleConfig, ramped
 
 CONFIG_LIMIT_BYTES = 32 * 2**10
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+MISSING = ("???", "'???'", '"???"')  # to OmegaConf no text, but a value that is still to be set
+STANDS_FOR_MISSING = "？？？"  # while it composes
 
 # What may change when a run is resumed; everything else is refused by name.
 CHANGEABLE_ON_RESUME = (
@@ -270,6 +273,11 @@ def compose(schema: type, arguments: list[str], config_name: str | None = None):
         raise
     except ValueError as error:
         raise SettingError(str(error)) from None
+    for key in (key for key, value in given.items() if value in MISSING):
+        *owners, name = key.split(".")
+        owner = reduce(getattr, owners, config)
+        if getattr(owner, name) == STANDS_FOR_MISSING:
+            setattr(owner, name, MISSING[0])
     for key, value in flatten(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingError(f"{key}={value} must be a finite number.")
@@ -308,14 +316,17 @@ def _as_hydra_reads(key: str, value: str, schema: type, config_name: str | None)
     if _is_list(kind):
         return f"{key}={value if parsed is not None and value.startswith('[') else _list_of(key, value)}"
     if str in kinds:
+        if value in MISSING:
+            return f"{key}='{STANDS_FOR_MISSING}'"
         if parsed is not None and value[:1] in ("'", '"'):  # in Hydra's own quotes
             return f"{key}={value}"
         if value == "null":
             raise SettingError(f"{key}=null: must be a text. For that very word write {key}=\"'null'\".")
         text = _escaped(value)
         return f"{key}='{text}'" if config_name else f"{key}='{_no_interpolation(text)}'"
-    if parsed is None or parsed.is_sweep_override():
-        hint = " Several values in one command need -m." if schema is TrainConfig and parsed else ""
+    if parsed is None or parsed.is_sweep_override() or value in MISSING:
+        several = schema is TrainConfig and parsed is not None and parsed.is_sweep_override()
+        hint = " Several values in one command need -m." if several else ""
         raise SettingError(f"{key}={value}: must be {_in_words(kind)}.{hint}")
     return f"{key}={value}"
 
