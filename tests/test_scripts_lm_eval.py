@@ -65,7 +65,7 @@ def test_loglikelihood_is_that_of_a_plain_pass(adapter_class):
     pairs = [("the cat", " sat"), ("a", "b"), ("x" * 30, " end"), ("one two", " three four")]
     results = adapter.loglikelihood([request(*pair) for pair in pairs])
     for (context, continuation), (total, greedy) in zip(pairs, results, strict=True):
-        ids = [1, *ByteTokenizer().encode(context + continuation).tolist()][-25:]
+        ids = [1, *ByteTokenizer().encode(context + continuation).tolist()[-24:]]
         expected, expected_greedy = nats(model, ids, len(continuation))
         assert total == pytest.approx(expected, rel=1e-5)
         assert greedy == expected_greedy
@@ -100,6 +100,16 @@ def test_generation_ends_at_a_stop_text(adapter_class):
     stop = text[3:5]
     (stopped,) = adapter.generate_until([request("ab", {"until": [stop], "max_gen_toks": 12})])
     assert stopped == text[: text.index(stop)]
+
+
+def test_a_prompt_that_is_cut_begins_with_bos(adapter_class, monkeypatch):
+    prompts = []
+    monkeypatch.setattr(
+        "training.lm_eval_model.generate", lambda model, prompt, *_, **__: prompts.append(prompt) or []
+    )
+    adapter = adapter_class(tiny_model(), ByteTokenizer(), seq_len=8, batch_tokens=1000)
+    adapter.generate_until([request(text, {}) for text in ("0123456", "0123456789")])
+    assert prompts == [[1, *ByteTokenizer().encode(text).tolist()] for text in ("0123456", "3456789")]
 
 
 def test_a_task_takes_its_documents_from_a_file(tmp_path):

@@ -1,7 +1,8 @@
 """A trained model as lm-evaluation-harness calls one (lm_eval.api.model, version 0.4).
 
-Every text begins with BOS. A rolling log-likelihood is that of eval.py: disjoint windows, and EOS is scored.
-Only scripts/lm_eval_tasks.py imports this file, since lm_eval is no requirement of this repository.
+Every text begins with BOS, also one whose first tokens are cut off. A rolling log-likelihood is that of
+eval.py: disjoint windows, and EOS is scored. Only scripts/lm_eval_tasks.py imports this file, since lm_eval
+is no requirement of this repository.
 """
 
 from __future__ import annotations
@@ -52,13 +53,17 @@ class TransnormerLM(TemplateLM):
         batch: list[tuple[list[int], int]] = []  # ids, and how many of the last ones are scored
         size = 0
         for _texts, context, continuation in requests:
-            ids = (context + continuation)[-(self.seq_len + 1) :]
+            ids = self._cut(context + continuation, self.seq_len + 1)
             if batch and size + len(ids) > self.batch_tokens:
                 results += self._score(batch)
                 batch, size = [], 0
             batch.append((ids, min(len(continuation), len(ids) - 1)))
             size += len(ids)
         return results + (self._score(batch) if batch else [])
+
+    def _cut(self, ids: list[int], length: int) -> list[int]:
+        """The last tokens, after BOS: `length` in all, at most."""
+        return ids if len(ids) <= length else [self.prefix_token_id, *ids[len(ids) - length + 1 :]]
 
     def _score(self, batch: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         """Score packed requests; logits are formed where a continuation is scored."""
@@ -104,7 +109,7 @@ class TransnormerLM(TemplateLM):
             top_k=settings.get("top_k", 0),
             top_p=settings.get("top_p", 1.0),
         )
-        prompt = self.tok_encode(context)[-self.seq_len :]
+        prompt = self._cut(self.tok_encode(context), self.seq_len)
         decoder, text = self.text_tokenizer.decoder(), ""
         limit = settings.get("max_gen_toks", 256)
         num_ids = self.text_tokenizer.vocab_size
