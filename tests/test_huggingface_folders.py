@@ -187,6 +187,20 @@ def test_a_model_card_leaves_out_what_is_no_number(tmp_path):
     assert "2.5000" in card
 
 
+@pytest.mark.parametrize(("vocab_size", "num_suppressed"), [(260, 0), (272, 12), (260 + 1025, 0)])
+def test_ids_beyond_the_tokenizer_s_are_not_generated(vocab_size, num_suppressed, tmp_path):
+    from transformers import GenerationConfig
+
+    folder = export(make_run(tmp_path / "run", make_config(vocab_size=vocab_size)), tmp_path / "hf")
+    suppressed = GenerationConfig.from_pretrained(folder).suppress_tokens or []
+    assert suppressed == list(range(260, 260 + num_suppressed))
+    if suppressed:
+        model = scripts.export_hf.load_modeling_file(folder).TransnormerForCausalLM.from_pretrained(folder)
+        torch.manual_seed(0)
+        drawn = model.generate(torch.ones(40, 1).long(), do_sample=True, temperature=9.0, max_new_tokens=20)
+        assert drawn.max() < 260
+
+
 def test_stored_dtypes(tmp_path):
     run = make_run(tmp_path / "run", make_config())
     folder = export(run, tmp_path / "hf", dtype="bfloat16")

@@ -48,6 +48,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 JSON_LIMIT_BYTES = 64 * 2**20
 SHARD_BYTES = 5 * 10**9
+SUPPRESSED_IDS = 1024  # listed in generation_config.json, at most
 METADATA = {"format": "pt"}  # of the weights, for transformers
 # fields of transformers that don't change what the model computes
 METADATA_FIELDS = (
@@ -335,7 +336,9 @@ def write_model_folder(
         "use_cache": True,
     }
     write_json(folder / CONFIG, published_fields(model.config) | transformers_fields | ids)
-    write_json(folder / "generation_config.json", ids | {"do_sample": False})
+    unused = list(range(tokenizer.vocab_size, model.config.num_ids))  # of a padded vocabulary, never trained
+    suppressed = {"suppress_tokens": unused} if 0 < len(unused) <= SUPPRESSED_IDS else {}
+    write_json(folder / "generation_config.json", ids | {"do_sample": False} | suppressed)
     tokenizer.save(folder)
     write_atomically(folder / FILE_NAME, standalone_source().encode())
 
