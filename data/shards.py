@@ -235,6 +235,8 @@ def write_manifest(folder: Path, values: dict, notes: dict[str, list[dict]]) -> 
         for split, split_notes in notes.items()
         for shard, note in enumerate(split_notes)
     }
+    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):  # of a killed process
+        path.unlink()
     for path in sorted(folder.iterdir()):
         if path.name not in files and path.name != MANIFEST_FILE and ".tokens." not in path.name:
             files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}

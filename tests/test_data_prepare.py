@@ -192,6 +192,13 @@ def complete_or_die(writer):
     if after == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 shards.ShardWriter._complete_shard = complete_or_die
+write = shards.write_json
+def write_or_die(path, value):
+    if sys.argv[4] == "manifest" and path.name == shards.MANIFEST_FILE:
+        path.with_name(path.name + ".tmp").write_text("{")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, value)
+shards.write_json = write_or_die
 prepare(
     DataConfig(source="text", path=sys.argv[1], cache_dir=sys.argv[2], valid_fraction=0.2, shard_bytes=4000),
     TokenizerConfig(kind="bytes"),
@@ -199,7 +206,10 @@ prepare(
 """
 
 
-@pytest.mark.parametrize(("after", "moment"), [(1, "before"), (1, "behind"), (3, "behind"), (4, "before")])
+@pytest.mark.parametrize(
+    ("after", "moment"),
+    [(1, "before"), (1, "behind"), (3, "behind"), (4, "before"), (100, "manifest")],
+)
 def test_goes_on_after_a_kill(data, tmp_path, lines, after, moment):
     uninterrupted = prepare(replace(data, cache_dir=str(tmp_path / "other")), BYTES, log=lines.append)
     command = [sys.executable, "-c", KILLED, data.path, data.cache_dir, str(after), moment]
