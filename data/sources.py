@@ -17,6 +17,7 @@ import lzma
 import os
 import platform
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +33,7 @@ OTHER_FORMATS = (".json", ".ndjson", ".csv", ".tsv")  # which nobody means as th
 ARCHIVES = (".tar", ".tgz", ".txz", ".zip", ".bz2", ".7z", ".rar")  # which are not opened
 MAX_LINE_BYTES = 32 * 2**20  # of a line of .jsonl, so that no archive fills the memory
 MAX_EXPANSION = 32  # a compressed .txt of more than MAX_LINE_BYTES is at most so many times its file
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what damaged files raise
 MISSING = object()  # of a row without the field that holds the text
 STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "__pycache__"})
 STDLIB_TESTS = frozenset({"test", "tests", "idle_test"})
@@ -65,7 +67,7 @@ def open_source(config: DataConfig) -> Source:
         source = _open_stdlib(config.include_tests)
     elif config.source == "text":
         assert config.path is not None
-        source = open_text(config.path, config.text_field, "data.path")
+        source = _open_training_text(config)
     else:
         source = _open_hub(config, config.hub_split)
     if config.max_documents is None:
@@ -81,11 +83,27 @@ def open_valid_source(config: DataConfig) -> Source | None:
 
 
 def open_text(path: str, text_field: str, key: str) -> Source:
-    """A text file, all text files below a folder, or those of a glob, in sorted order.
+    """A text file, all text files below a folder, or those of a glob, in sorted order."""
+    return _text_source(list_text_files(path, key), text_field)
 
-    The fingerprint covers names, sizes and modification times, not content.
-    """
-    files = list_text_files(path, key)
+
+def _open_training_text(config: DataConfig) -> Source:
+    """The files of `data.path` without those of `data.valid_path`, which may lie in the same folder."""
+    assert config.path is not None
+    files = list_text_files(config.path, "data.path")
+    if config.valid_path:
+        held_out = {file.resolve() for file in list_text_files(config.valid_path, "data.valid_path")}
+        files = [file for file in files if file.resolve() not in held_out]
+        if not files:
+            raise DataError(
+                f"data.valid_path={config.valid_path} takes every file of data.path={config.path}, none is "
+                "left to train on: name fewer files, or leave it out and set data.valid_fraction"
+            )
+    return _text_source(files, config.text_field)
+
+
+def _text_source(files: list[Path], text_field: str) -> Source:
+    """The fingerprint covers names, sizes and modification times, not content."""
     sizes = [file.stat() for file in files]
     listed = [
         [str(file), status.st_size, status.st_mtime_ns] for file, status in zip(files, sizes, strict=True)
@@ -151,7 +169,7 @@ def read_file(path: Path, text_field: str) -> Iterator[Document]:
             yield from _read_jsonl(path, text_field)
         else:
             yield from _read_text(path)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} can't be read: {error}") from error
 
 

@@ -27,6 +27,10 @@ def jsonl(texts, field="text"):
     return "".join(json.dumps({field: text, "id": i}) + "\n" for i, text in enumerate(texts)).encode()
 
 
+def flip_byte(content):
+    return content[:20] + bytes([content[20] ^ 255]) + content[21:]
+
+
 def read_texts(path, **settings):
     return [
         document.text
@@ -70,6 +74,18 @@ def test_folders_are_read_sorted_and_other_files_left_out(tmp_path):
     assert read_texts(tmp_path, max_documents=2) == ["a.txt", "b/1.txt"]
 
 
+@pytest.mark.parametrize("valid", ["valid", "valid/*", "valid/b.txt", "link"])
+def test_validation_files_inside_the_folder_are_not_trained_on(tmp_path, valid):
+    (tmp_path / "texts" / "valid").mkdir(parents=True)
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "texts" / "valid" / "b.txt").write_text("b")
+    (tmp_path / "link").symlink_to(tmp_path / "texts" / "valid")
+    valid_path = str(tmp_path / valid if valid == "link" else tmp_path / "texts" / valid)
+    assert read_texts(tmp_path / "texts", valid_path=valid_path) == ["a"]
+    with pytest.raises(DataError, match=r"data\.valid_path=.* takes every file of data\.path="):
+        read_texts(tmp_path / "texts" / "valid", valid_path=valid_path)
+
+
 def test_fingerprint_follows_the_files(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("one")
@@ -100,6 +116,7 @@ def test_fingerprint_follows_the_files(tmp_path):
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is not valid JSON"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz can't be read"),
         ("a.jsonl.gz", gzip.compress(jsonl(TEXTS))[:-12], r"a\.jsonl\.gz can't be read"),
+        ("a.txt.gz", flip_byte(gzip.compress(jsonl(TEXTS))), r"a\.txt\.gz can't be read"),
         ("a.jsonl.xz", lzma.compress(jsonl(TEXTS))[:-12], r"a\.jsonl\.xz can't be read"),
         ("a.txt.zst", b"no zstandard", r"a\.txt\.zst can't be read"),
         ("a.parquet", b"no parquet", r"a\.parquet is no valid \.parquet file"),
@@ -292,7 +309,7 @@ def test_sample_is_never_empty(tmp_path):
 
 def test_first_documents_are_sampled_as_a_source_of_their_own(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl([document.text for document in documents_of(4000)]))
-    config = DataConfig(source="text", path=str(tmp_path), valid_path="-", max_documents=20)
+    config = DataConfig(source="text", path=str(tmp_path), valid_fraction=0.0, max_documents=20)
     sample = list(sample_documents(open_source(config), config, 20_000))
     assert sample == [document.text for document in documents_of(4000)[:20]]
 
