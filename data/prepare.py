@@ -212,6 +212,9 @@ def _build(folder: Path, plan: _Plan, log: Log) -> None:
         _publish(work, folder)
         return
     work.mkdir(parents=True, exist_ok=True)
+    for source in (plan.source, plan.valid_source):
+        if source and source.left_out:
+            log(source.left_out)
     writers: dict[str, ShardWriter] = {}
     started = time.monotonic()
     try:

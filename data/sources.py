@@ -5,6 +5,7 @@ always in the same order. Text is strict UTF-8 and comes through unchanged: no n
 """
 
 import codecs
+import collections
 import dataclasses
 import glob
 import gzip
@@ -34,6 +35,7 @@ ARCHIVES = (".tar", ".tgz", ".txz", ".zip", ".bz2", ".7z", ".rar")  # which are 
 MAX_LINE_BYTES = 32 * 2**20  # of a line of .jsonl, so that no archive fills the memory
 MAX_EXPANSION = 32  # a compressed .txt of more than MAX_LINE_BYTES is at most so many times its file
 UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what damaged files raise
+SUFFIXES_SHOWN = 8  # of the kinds of files that are left out
 MISSING = object()  # of a row without the field that holds the text
 STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "__pycache__"})
 STDLIB_TESTS = frozenset({"test", "tests", "idle_test"})
@@ -53,12 +55,14 @@ class Source:
     """A readable collection of documents.
 
     `fingerprint` changes whenever the documents may have changed. `text_bytes` is the size of the files,
-    None where it is not known; compressed files count with their compressed size.
+    None where it is not known; compressed files count with their compressed size. `left_out` is a line for
+    the user on the files that are not read.
     """
 
     read: Callable[[], Iterator[Document]]
     fingerprint: str
     text_bytes: int | None
+    left_out: str = ""
 
 
 def open_source(config: DataConfig) -> Source:
@@ -84,25 +88,26 @@ def open_valid_source(config: DataConfig) -> Source | None:
 
 def open_text(path: str, text_field: str, key: str) -> Source:
     """A text file, all text files below a folder, or those of a glob, in sorted order."""
-    return _text_source(list_text_files(path, key), text_field)
+    return _text_source(*list_text_files(path, key), text_field)
 
 
 def _open_training_text(config: DataConfig) -> Source:
     """The files of `data.path` without those of `data.valid_path`, which may lie in the same folder."""
     assert config.path is not None
-    files = list_text_files(config.path, "data.path")
+    files, left_out = list_text_files(config.path, "data.path")
     if config.valid_path:
-        held_out = {file.resolve() for file in list_text_files(config.valid_path, "data.valid_path")}
+        valid_files, _ = list_text_files(config.valid_path, "data.valid_path")
+        held_out = {file.resolve() for file in valid_files}
         files = [file for file in files if file.resolve() not in held_out]
         if not files:
             raise DataError(
                 f"data.valid_path={config.valid_path} takes every file of data.path={config.path}, none is "
                 "left to train on: name fewer files, or leave it out and set data.valid_fraction"
             )
-    return _text_source(files, config.text_field)
+    return _text_source(files, left_out, config.text_field)
 
 
-def _text_source(files: list[Path], text_field: str) -> Source:
+def _text_source(files: list[Path], left_out: str, text_field: str) -> Source:
     """The fingerprint covers names, sizes and modification times, not content."""
     sizes = [file.stat() for file in files]
     listed = [
@@ -112,11 +117,15 @@ def _text_source(files: list[Path], text_field: str) -> Source:
         read=lambda: itertools.chain.from_iterable(read_file(file, text_field) for file in files),
         fingerprint=_fingerprint(listed),
         text_bytes=sum(status.st_size for status in sizes),
+        left_out=left_out,
     )
 
 
-def list_text_files(path: str, key: str) -> list[Path]:
-    """Files named by a file, folder or glob; DataError where there are none of a known kind."""
+def list_text_files(path: str, key: str) -> tuple[list[Path], str]:
+    """Files named by a file, folder or glob, and a line on those of other kinds, empty where there are none.
+
+    DataError where there are none of a known kind, and where some of a folder could not be read.
+    """
     kinds = ", ".join(SUFFIXES)
     if os.path.isfile(path):  # named by itself it is plain text unless its name says otherwise
         if _format_of(Path(path)) in ARCHIVES:
@@ -128,30 +137,58 @@ def list_text_files(path: str, key: str) -> list[Path]:
                 f"{key}={path}: allowed are {kinds}. Name it .jsonl if each line is a JSON object, or .txt "
                 "to train on the file as it stands"
             )
-        return [Path(path)]
+        return [Path(path)], ""
     if os.path.isdir(path):
-        found = list(_visible_files(path))
+        found = _visible_files(path, key)
     else:
-        found = [Path(name) for name in glob.glob(path, recursive=True)]
+        found = [Path(name) for name in glob.glob(path, recursive=True) if not os.path.isdir(name)]
         if not found:
             raise DataError(f"{key}={path}: no such file or folder, and no file matches it")
-    files = sorted(file for file in found if file.name.lower().endswith(SUFFIXES) and file.is_file())
+    files = sorted(file for file in found if file.name.lower().endswith(SUFFIXES))
     if not files:
         raise DataError(f"{key}={path}: no file in it ends in one of {kinds}")
-    for file in files if os.path.isdir(path) else []:
-        if file.is_symlink() and not file.resolve().is_relative_to(Path(path).resolve()):
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{key}={path}: {file} is no file, or a link to none: take it out of there")
+        if os.path.isdir(path) and file.is_symlink():
+            _check_stays_inside(file, path, key)
+    return files, _describe_others(found, path, key)
+
+
+def _visible_files(folder: str, key: str) -> list[Path]:
+    """The files below a folder, without .git and others whose names begin with a dot."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{key}={folder}: {error.filename} can't be read: {error.strerror}") from error
+
+    files = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for link in filter(os.path.islink, (os.path.join(parent, name) for name in folders)):
             raise DataError(
-                f"{key}={path}: {file} is a link out of the folder, which is not followed; "
+                f"{key}={folder}: {link} is a linked folder, which is not followed; "
                 "replace it by what it leads to, or name its files by a glob"
             )
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
     return files
 
 
-def _visible_files(folder: str) -> Iterator[Path]:
-    """The files below a folder, without .git and others whose names begin with a dot."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
+def _check_stays_inside(file: Path, folder: str, key: str) -> None:
+    if not file.resolve().is_relative_to(Path(folder).resolve()):
+        raise DataError(
+            f"{key}={folder}: {file} is a link out of the folder, which is not followed; "
+            "replace it by what it leads to, or name its files by a glob"
+        )
+
+
+def _describe_others(found: list[Path], path: str, key: str) -> str:
+    names = [file.name.lower() for file in found if not file.name.startswith(".")]
+    suffixes = sorted(Path(name).suffix or "no suffix" for name in names if not name.endswith(SUFFIXES))
+    others = collections.Counter(suffixes)
+    if not others:
+        return ""
+    most = ", ".join(f"{suffix} ({count:,})" for suffix, count in others.most_common(SUFFIXES_SHOWN))
+    return f"{key}={path}: left out files of other kinds, {others.total():,} in all: {most}"
 
 
 def _format_of(path: Path) -> str:

@@ -26,7 +26,10 @@ def main(config: PrepareConfig) -> None:
     folder = Path(config.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"output={folder} is not empty: nothing is overwritten, choose another folder")
-    trained = train_tokenizer(open_source(config.data), config.data, config.tokenizer, print)
+    source = open_source(config.data)
+    if source.left_out:
+        print(source.left_out)
+    trained = train_tokenizer(source, config.data, config.tokenizer, print)
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         trained.save(folder)

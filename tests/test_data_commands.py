@@ -21,6 +21,7 @@ def corpus(tmp_path):
     path.mkdir()
     for i in range(40):
         (path / f"{i}.txt").write_text(f"document {i} with some words in it\n" * 20)
+    (path / "table.csv").write_text("a,b")
     return path
 
 
@@ -31,6 +32,7 @@ def test_prepare_and_open(corpus, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"data=prepared data.path={output}" in printed
     assert "prepared corpus in" in printed
+    assert f"data.path={corpus}: left out files of other kinds, 1 in all: .csv (1)\n" in printed
     prepared = prepare(DataConfig(source="prepared", path=str(output)), TokenizerConfig())
     assert prepared.train.documents + prepared.valid.documents == 40
     assert prepared.fingerprint in printed
@@ -44,6 +46,7 @@ def test_train_tokenizer_and_use_it(corpus, tmp_path, capsys):
     output = tmp_path / "tokenizer"
     settings = ["data=text", f"data.path={corpus}", "tokenizer.vocab_size=290", f"output={output}"]
     run(train_tokenizer, *settings)
+    assert "left out files of other kinds, 1 in all: .csv (1)\n" in capsys.readouterr().out
     assert load_tokenizer(output).vocab_size == 290
     run(
         prepare_data,

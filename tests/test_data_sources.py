@@ -72,6 +72,11 @@ def test_folders_are_read_sorted_and_other_files_left_out(tmp_path):
         (tmp_path / name).write_text(name)
     assert read_texts(tmp_path) == ["a.txt", "b/1.txt", "b/2.TXT"]
     assert read_texts(tmp_path, max_documents=2) == ["a.txt", "b/1.txt"]
+    left_out = "left out files of other kinds, 2 in all: .md (1), .py (1)"
+    for path in (tmp_path, tmp_path / "**" / "*"):
+        source = open_source(DataConfig(source="text", path=str(path)))
+        assert source.left_out == f"data.path={path}: {left_out}"
+    assert open_source(DataConfig(source="text", path=str(tmp_path / "*.txt"))).left_out == ""
 
 
 @pytest.mark.parametrize("valid", ["valid", "valid/*", "valid/b.txt", "link"])
@@ -179,6 +184,37 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"c\.txt is a link out of the folder"):
         read_texts(tmp_path / "texts")
     assert read_texts(tmp_path / "texts" / "c.txt") == ["secret"]  # what the user names is the user's choice
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.symlink_to(path.parent.parent), "is a linked folder, which is not followed"),
+        (lambda path: path.symlink_to("nowhere"), "is no file, or a link to none"),
+        (os.mkfifo, "is no file, or a link to none"),
+    ],
+)
+def test_no_part_of_a_folder_is_dropped_in_silence(tmp_path, make, message):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    make(tmp_path / "texts" / "b.txt")
+    with pytest.raises(DataError, match=rf"^data\.path=.*b\.txt {message}"):
+        read_texts(tmp_path / "texts")
+
+
+def test_unreadable_folder_inside_a_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) == "inner":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"inner can't be read: Permission denied"):
+        read_texts(tmp_path)
 
 
 def test_a_file_named_by_itself_is_text_whatever_its_name(tmp_path):
