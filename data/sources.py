@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import gzip
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ import logging
 import lzma
 import os
 import platform
+import random
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +42,7 @@ MISSING = object()  # of a row without the field that holds the text
 STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "__pycache__"})
 STDLIB_TESTS = frozenset({"test", "tests", "idle_test"})
 PEEKED_DOCUMENTS = 1_000
-SAMPLED_PIECES = 16  # a document is cut so that at least so many make up a sample
+SAMPLED_PIECES = 256  # a document is cut so that at least so many make up a sample
 
 
 class Document(NamedTuple):
@@ -54,14 +56,13 @@ class Document(NamedTuple):
 class Source:
     """A readable collection of documents.
 
-    `fingerprint` changes whenever the documents may have changed. `text_bytes` is the size of the files,
-    None where it is not known; compressed files count with their compressed size. `left_out` is a line for
-    the user on the files that are not read.
+    `fingerprint` changes whenever the documents may have changed. What is read of a remote source is
+    downloaded. `left_out` is a line for the user on the files that are not read.
     """
 
     read: Callable[[], Iterator[Document]]
     fingerprint: str
-    text_bytes: int | None
+    is_remote: bool = False
     left_out: str = ""
 
 
@@ -76,9 +77,7 @@ def open_source(config: DataConfig) -> Source:
         source = _open_hub(config, config.hub_split)
     if config.max_documents is None:
         return source
-    return dataclasses.replace(
-        source, read=lambda: itertools.islice(source.read(), config.max_documents), text_bytes=None
-    )
+    return dataclasses.replace(source, read=lambda: itertools.islice(source.read(), config.max_documents))
 
 
 def open_valid_source(config: DataConfig) -> Source | None:
@@ -109,14 +108,10 @@ def _open_training_text(config: DataConfig) -> Source:
 
 def _text_source(files: list[Path], left_out: str, text_field: str) -> Source:
     """The fingerprint covers names, sizes and modification times, not content."""
-    sizes = [file.stat() for file in files]
-    listed = [
-        [str(file), status.st_size, status.st_mtime_ns] for file, status in zip(files, sizes, strict=True)
-    ]
+    listed = [[str(file), status.st_size, status.st_mtime_ns] for file in files for status in [file.stat()]]
     return Source(
         read=lambda: itertools.chain.from_iterable(read_file(file, text_field) for file in files),
         fingerprint=_fingerprint(listed),
-        text_bytes=sum(status.st_size for status in sizes),
         left_out=left_out,
     )
 
@@ -342,11 +337,8 @@ def _open_stdlib(include_tests: bool) -> Source:
                 seen.add(digest)
                 yield Document(text, file.relative_to(root).as_posix())
 
-    sizes = [file.stat().st_size for file in files]
-    listed = [[str(file.relative_to(root)), size] for file, size in zip(files, sizes, strict=True)]
-    return Source(
-        read=read, fingerprint=_fingerprint([platform.python_version(), listed]), text_bytes=sum(sizes)
-    )
+    listed = [[str(file.relative_to(root)), file.stat().st_size] for file in files]
+    return Source(read=read, fingerprint=_fingerprint([platform.python_version(), listed]))
 
 
 def _open_hub(config: DataConfig, split: str) -> Source:
@@ -378,7 +370,7 @@ def _open_hub(config: DataConfig, split: str) -> Source:
             reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
             raise DataError(f"data.name={config.name} can't be read from the hub: {reason}") from error
 
-    return Source(read=read, fingerprint=_fingerprint(settings), text_bytes=None)
+    return Source(read=read, fingerprint=_fingerprint(settings), is_remote=True)
 
 
 def split_documents(documents: Iterable[Document], valid_fraction: float) -> Iterator[tuple[str, Document]]:
@@ -426,29 +418,47 @@ def unit_hash(text: str, purpose: str) -> float:
 
 
 def sample_documents(source: Source, config: DataConfig, budget_bytes: int) -> Iterator[str]:
-    """Training text for a tokenizer, about `budget_bytes` of it.
+    """Training text for a tokenizer: about `budget_bytes` of it, or all where there is less.
 
-    Each document is drawn by its hash with the chance budget / size of the source's files, until the budget
-    is full; one longer than a part of the budget is cut, and its pieces are drawn. A source of unknown size
-    (hub, the first documents of one) gives what comes first. The last piece is cut to the budget.
+    The whole source is read once, as preparing it does anyway: a file's size tells too little of the text
+    that is compressed or among other fields in it. Of a remote source only what comes first is read. Long
+    documents are cut; each piece draws a number, and those with the smallest fill the budget.
     """
     valid_fraction = 0.0 if config.valid_path else config.valid_fraction
-    share = 1.0 if source.text_bytes is None else budget_bytes / max(source.text_bytes, 1)
-    left_bytes, passed_over = budget_bytes, ""
-    for split, document in split_documents(source.read(), valid_fraction):
-        if split != "train":
+    documents = split_documents(source.read(), valid_fraction)
+    length = max(budget_bytes // SAMPLED_PIECES, 1)
+    pieces: Iterator[str] = itertools.chain.from_iterable(
+        split_segments(document.text, length) for split, document in documents if split == "train"
+    )
+    if source.is_remote:
+        pieces = _first_bytes(pieces, budget_bytes)
+    draw = random.Random(0)
+    kept: list[tuple[float, int, str]] = []  # a heap, the largest number first: minus it, position, piece
+    kept_bytes = 0
+    for position, piece in enumerate(pieces):
+        key = -draw.random()
+        if kept_bytes >= budget_bytes and key < kept[0][0]:
             continue
-        for piece in split_segments(document.text, max(budget_bytes // SAMPLED_PIECES, 1)):
-            if unit_hash(piece, "sample") >= share:
-                passed_over = passed_over or piece
-                continue
-            text = piece[:left_bytes]
-            left_bytes -= len(text.encode("utf-8"))
-            yield text
-            if left_bytes <= 0:
-                return
-    if left_bytes == budget_bytes and passed_over:  # chance has drawn nothing
-        yield passed_over[:budget_bytes]
+        heapq.heappush(kept, (key, position, piece))
+        kept_bytes += _num_bytes(piece)
+        while kept_bytes - _num_bytes(kept[0][2]) >= budget_bytes:
+            kept_bytes -= _num_bytes(heapq.heappop(kept)[2])
+    if kept_bytes > budget_bytes:
+        key, position, piece = kept[0]
+        kept[0] = (key, position, piece[: budget_bytes - kept_bytes + _num_bytes(piece)])
+    yield from (piece for _, _, piece in sorted(kept, key=lambda item: item[1]))
+
+
+def _first_bytes(pieces: Iterable[str], num_bytes: int) -> Iterator[str]:
+    for piece in pieces:
+        yield piece
+        num_bytes -= _num_bytes(piece)
+        if num_bytes <= 0:
+            return
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8"))
 
 
 def _fingerprint(value: object) -> str:

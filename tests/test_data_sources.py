@@ -17,7 +17,7 @@ import zstandard
 from data import sources
 from data.config import DataConfig
 from data.errors import DataError
-from data.sources import Document, open_source, read_file, sample_documents, split_documents
+from data.sources import Document, Source, open_source, read_file, sample_documents, split_documents
 
 TEXTS = ["first  line\r\nsecond\0", "\ufeffzwei\n\n", "\u2581 \U0001f600", "last"]
 COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
@@ -309,16 +309,39 @@ def test_standard_library():
     assert documents[names.index("argparse.py")].text == (root / "argparse.py").read_bytes().decode()
 
 
-def test_sample_takes_training_documents_up_to_its_budget(tmp_path):
+@pytest.mark.parametrize(
+    ("suffix", "other_text"), [("", ""), ("", "x" * 500), (".gz", ""), (".zst", "x" * 500)]
+)
+def test_sample_is_drawn_from_all_training_documents_and_fills_its_budget(tmp_path, suffix, other_text):
     documents = documents_of(4000)
-    (tmp_path / "a.jsonl").write_bytes(jsonl([document.text for document in documents]))
+    lines = [json.dumps({"text": document.text, "other": other_text}) + "\n" for document in documents]
+    content = "".join(lines).encode()
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(COMPRESS.get(suffix, bytes)(content))
     config = DataConfig(source="text", path=str(tmp_path), valid_fraction=0.5)
     train, _ = split_of(documents, 0.5)
     sample = list(sample_documents(open_source(config), config, 20_000))
-    assert set(sample[:-1]) < train
-    assert sum(map(len, sample)) <= 20_000
-    last = [document.text for document in documents].index(sample[-2])
-    assert last > 1000  # drawn from the whole source, not its head
+    assert sample == list(sample_documents(open_source(config), config, 20_000))
+    assert sum(map(len, sample)) == 20_000
+    places = {document.text: place for place, document in enumerate(documents)}
+    cut = [text for text in sample if text not in train]
+    assert len(cut) <= 1
+    quarters = [places[text] // 1000 for text in sample if text in train]
+    assert all(quarters.count(quarter) > len(sample) / 6 for quarter in range(4))
+    assert quarters == sorted(quarters)
+
+
+def test_sample_of_a_remote_source_is_what_comes_first():
+    read = []
+
+    def documents():
+        for document in documents_of(4000):
+            read.append(document.text)
+            yield document
+
+    source = Source(read=documents, fingerprint="", is_remote=True)
+    sample = list(sample_documents(source, DataConfig(valid_fraction=0.0), 50_000))
+    assert sum(map(len, sample)) == 50_000
+    assert len(sample) == len(read) < 2500
 
 
 @pytest.mark.parametrize("num_documents", [1, 3])
@@ -330,7 +353,7 @@ def test_sample_of_few_large_documents_is_drawn_from_all_of_them(tmp_path, num_d
         (tmp_path / f"{index}.txt").write_text("".join(part))
     config = DataConfig(source="text", path=str(tmp_path), valid_fraction=0.1)
     sampled = "".join(sample_documents(open_source(config), config, 100_000)).splitlines()
-    assert 20_000 < sum(len(line) + 1 for line in sampled) <= 100_000
+    assert 99_000 < sum(len(line) + 1 for line in sampled) <= 100_001
     places = [int(line.split()[0]) for line in sampled if line.endswith("lines")]
     assert max(places) - min(places) > 10_000
 
