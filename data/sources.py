@@ -108,10 +108,9 @@ def _open_training_text(config: DataConfig) -> Source:
 
 def _text_source(files: list[Path], left_out: str, text_field: str) -> Source:
     """The fingerprint covers names, sizes and modification times, not content."""
-    listed = [[str(file), status.st_size, status.st_mtime_ns] for file in files for status in [file.stat()]]
     return Source(
         read=lambda: itertools.chain.from_iterable(read_file(file, text_field) for file in files),
-        fingerprint=_fingerprint(listed),
+        fingerprint=_fingerprint(_listed(files)),
         left_out=left_out,
     )
 
@@ -344,12 +343,19 @@ def _open_stdlib(include_tests: bool) -> Source:
 def _open_hub(config: DataConfig, split: str) -> Source:
     """A data set of the Hugging Face hub, by name; nothing of it is executed.
 
-    The fingerprint covers the settings only: pin `data.hub_revision` for data that may change.
+    The fingerprint covers the settings only: pin `data.hub_revision` for data that may change. Where the name
+    is that of a folder here, it covers its files too.
     """
-    settings = [config.name, config.hub_config, split, config.hub_revision]
+    assert config.name is not None
+    settings: list = [config.name, config.hub_config, split, config.hub_revision]
+    is_local = os.path.isdir(config.name)
+    if is_local:
+        names = glob.glob(os.path.join(glob.escape(config.name), "**"), recursive=True)
+        settings.append(_listed(sorted(Path(name) for name in names if os.path.isfile(name))))
 
     def read() -> Iterator[Document]:
         import datasets
+        from datasets.exceptions import DatasetsError
 
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry
         try:
@@ -364,13 +370,17 @@ def _open_hub(config: DataConfig, split: str) -> Source:
                 where = f"{config.name}:{number}"
                 text = row.get(config.text_field, MISSING)
                 yield Document(_check_text(text, where, config.text_field, row), where)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (*UNREADABLE, ValueError, RuntimeError, DatasetsError) as error:
             if isinstance(error, DataError):
                 raise
-            reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+            # a DatasetGenerationError says only that there was one
+            cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+            reason = str(cause).splitlines()[0][:160] if str(cause) else type(cause).__name__
             raise DataError(f"data.name={config.name} can't be read from the hub: {reason}") from error
 
-    return Source(read=read, fingerprint=_fingerprint(settings), is_remote=True)
+    return Source(
+        read=read, fingerprint=_fingerprint(settings), is_remote=config.hub_streaming and not is_local
+    )
 
 
 def split_documents(documents: Iterable[Document], valid_fraction: float) -> Iterator[tuple[str, Document]]:
@@ -459,6 +469,10 @@ def _first_bytes(pieces: Iterable[str], num_bytes: int) -> Iterator[str]:
 
 def _num_bytes(text: str) -> int:
     return len(text.encode("utf-8"))
+
+
+def _listed(files: list[Path]) -> list[list]:
+    return [[str(file), status.st_size, status.st_mtime_ns] for file in files for status in [file.stat()]]
 
 
 def _fingerprint(value: object) -> str:

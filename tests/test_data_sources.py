@@ -417,12 +417,25 @@ def test_hub_rows_become_documents(monkeypatch):
     }
 
 
-def test_unreachable_hub_is_one_clear_error(monkeypatch):
+@pytest.mark.parametrize("is_generated", [False, True])
+def test_unreachable_hub_is_one_clear_error(monkeypatch, is_generated):
     datasets = pytest.importorskip("datasets")
 
     def load_dataset(*_, **__):
-        raise ConnectionError("no route\nmore lines")
+        error = ConnectionError("no route\nmore lines")
+        if is_generated:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+        raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match=r"^data\.name=owner/set can't be read from the hub: no route$"):
         list(open_source(DataConfig(source="hub", name="owner/set")).read())
+
+
+def test_fingerprint_of_a_local_hub_folder_follows_its_files(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
+    config = DataConfig(source="hub", name=str(tmp_path))
+    before = open_source(config).fingerprint
+    assert open_source(config).fingerprint == before
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS[1:]))
+    assert open_source(config).fingerprint != before
