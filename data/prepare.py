@@ -91,7 +91,7 @@ def prepare_folder(
     """Prepare into a folder of the caller's choice; never over anything else that is in it."""
     if data.source == "prepared":
         raise DataError("data=prepared is prepared already: choose python_stdlib, text or hub")
-    return _prepare_into(Path(folder), _plan(data, tokenizer_config), log)
+    return _prepare_into(Path(os.path.realpath(folder)), _plan(data, tokenizer_config), log)
 
 
 def open_prepared(folder: Path, data: DataConfig, tokenizer_config: TokenizerConfig) -> PreparedData:
@@ -183,6 +183,8 @@ def _label(data: DataConfig) -> str:
 
 def _prepare_into(folder: Path, plan: _Plan, log: Log) -> PreparedData:
     if not _is_prepared(folder, plan):
+        if os.path.ismount(folder):  # the finished work is renamed into place, which no mount lets happen
+            raise DataError(f"{folder} is a mount point, which can't be replaced: give a folder inside it")
         lock_path = folder.with_name(f"{folder.name}.lock")
         with explain_write_errors(folder), exclusive_lock(lock_path, log):
             if not _is_prepared(folder, plan):

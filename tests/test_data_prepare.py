@@ -175,6 +175,24 @@ def test_output_folder_is_never_overwritten(data, tmp_path, lines):
         prepare_folder(output, replace(data, valid_fraction=0.5), BYTES, log=lines.append)
 
 
+def test_output_that_is_a_link_to_an_empty_folder(data, tmp_path, lines):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "output").symlink_to("empty")
+    prepared = prepare_folder(tmp_path / "output", data, BYTES, log=lines.append)
+    assert prepared.folder == tmp_path / "empty"
+    assert (tmp_path / "output").is_symlink()
+    assert prepare_folder(tmp_path / "output", data, BYTES, log=lines.append).fingerprint
+    assert len(lines) == 1
+
+
+def test_output_that_is_a_mount_point_is_refused_at_once(data, tmp_path, monkeypatch, lines):
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "mount")
+    monkeypatch.setattr("data.prepare._build", None)
+    (tmp_path / "mount").mkdir()
+    with pytest.raises(DataError, match=r"mount is a mount point.* give a folder inside it"):
+        prepare_folder(tmp_path / "mount", data, BYTES, log=lines.append)
+
+
 # Kills, locks and full disks
 
 KILLED = """
