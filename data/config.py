@@ -1,5 +1,6 @@
 """Settings of the groups `data` and `tokenizer`, checked when they are built."""
 
+import os
 from dataclasses import dataclass, field
 
 from data.errors import DataError
@@ -33,6 +34,7 @@ class DataConfig:
     verify: str = "full"  # on opening: full compares every SHA-256, quick the sizes only
 
     def __post_init__(self):
+        _expand_home(self, "path", "valid_path", "cache_dir")
         _check_choice("data.source", self.source, SOURCES)
         _check_choice("data.verify", self.verify, VERIFY_MODES)
         if self.source in ("text", "prepared") and not self.path:
@@ -65,6 +67,7 @@ class TokenizerConfig:
     path: str | None = None  # file: a SentencePiece model, a saved tokenizer or a Hugging Face folder
 
     def __post_init__(self):
+        _expand_home(self, "path")
         _check_choice("tokenizer.kind", self.kind, TOKENIZER_KINDS)
         _check_choice("tokenizer.model_type", self.model_type, MODEL_TYPES)
         # 256 byte pieces, 4 special pieces and at least one piece of text
@@ -83,6 +86,14 @@ class PrepareConfig:
     output: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+def _expand_home(config: object, *names: str) -> None:
+    """A leading ~/ is the home folder, as to a shell, which leaves it alone after a dotted key."""
+    for name in names:
+        value = getattr(config, name)
+        if value and value[:2] == "~/":
+            setattr(config, name, os.path.expanduser(value))
 
 
 def _check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:

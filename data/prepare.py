@@ -6,6 +6,7 @@ times of its source files, and opened again. A preparation that was killed goes 
 shard.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -82,7 +83,7 @@ def find_prepared(data: DataConfig, tokenizer_config: TokenizerConfig) -> Prepar
         return prepare(data, tokenizer_config)
     plan = _plan(data, tokenizer_config)
     folder = _folder(plan)
-    return open_prepared(folder, data, TokenizerConfig()) if _is_prepared(folder, plan) else None
+    return _open(folder, plan) if _is_prepared(folder, plan) else None
 
 
 def prepare_folder(
@@ -189,17 +190,37 @@ def _prepare_into(folder: Path, plan: _Plan, log: Log) -> PreparedData:
         with explain_write_errors(folder), exclusive_lock(lock_path, log):
             if not _is_prepared(folder, plan):
                 _build(folder, plan, log)
-    return open_prepared(folder, plan.data, TokenizerConfig())
+    return _open(folder, plan)
+
+
+def _open(folder: Path, plan: _Plan) -> PreparedData:
+    with _advise_on_cache(folder, plan):
+        return open_prepared(folder, plan.data, TokenizerConfig())
+
+
+@contextlib.contextmanager
+def _advise_on_cache(folder: Path, plan: _Plan) -> Iterator[None]:
+    """Say of a damaged folder in the cache, which nobody made by hand, how to be rid of it."""
+    try:
+        yield
+    except DataError as error:
+        if folder != _folder(plan):
+            raise
+        raise DataError(
+            f"{error}. It is in data.cache_dir: delete {folder} and run the same command again"
+        ) from None
 
 
 def _is_prepared(folder: Path, plan: _Plan) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not (folder / MANIFEST_FILE).exists():
-        raise DataError(
-            f"{folder} exists and holds no prepared data: nothing is overwritten, choose another folder"
-        )
-    if read_manifest(folder).key != plan.key:
+        is_cache = folder == _folder(plan)
+        advice = "delete it and run the same command again" if is_cache else "choose another folder"
+        raise DataError(f"{folder} exists and holds no prepared data: nothing is overwritten, {advice}")
+    with _advise_on_cache(folder, plan):
+        key = read_manifest(folder).key
+    if key != plan.key:
         raise DataError(
             f"{folder} was prepared with other settings or from a source that has changed since:"
             f" choose another folder or delete it"
@@ -257,14 +278,19 @@ def _publish(work: Path, folder: Path) -> None:
 
 
 def _check_counts(writers: dict[str, ShardWriter], plan: _Plan) -> None:
-    if not any(writer.documents for writer in writers.values()):
+    has_train, has_valid = (writers[split].documents > 0 for split in SPLITS)
+    if not has_train and (plan.valid_source or not has_valid):
         raise DataError(
             f"data={plan.data.source}: no document with any text in {plan.data.path or plan.name}"
         )
-    if not writers["valid"].documents and (plan.valid_source or plan.data.valid_fraction > 0.0):
+    if has_valid:
+        return
+    if plan.valid_source:
+        raise DataError(f"data.valid_path={plan.data.valid_path}: no document with any text in it")
+    if plan.data.valid_fraction > 0.0:
         raise DataError(
-            f"data.valid_fraction={plan.data.valid_fraction} leaves no validation document:"
-            f" raise it, or give data.valid_path=FILE"
+            f"data.valid_fraction={plan.data.valid_fraction} leaves no validation document: raise it, or,"
+            f" where all documents are equal and stay together, give data.valid_path=FILE or set it to 0"
         )
 
 

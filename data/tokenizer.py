@@ -423,6 +423,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     DataError where there is none, where it is damaged, or where a file is a link.
     """
     path = Path(path)
+    if path.suffix == ".json" and path.is_file():
+        raise DataError(f"{path} is one of the files of a tokenizer: give their folder, {path.parent}")
     if not path.is_dir():
         return _build(path, SentencePieceTokenizer, read_limited(path, MAX_FILE_BYTES))
     if (path / INFO_FILE).exists():

@@ -140,7 +140,7 @@ def test_wide_vocabulary_takes_four_bytes(data, monkeypatch, lines):
     [
         ([], "no document with any text in"),
         ([""], "no document with any text in"),
-        (["same"] * 3, r"data\.valid_fraction=0\.2 leaves no validation"),
+        (["same"] * 3, r"data\.valid_fraction=0\.2 leaves no validation .*all documents are equal"),
     ],
 )
 def test_too_little_text(tmp_path, data, texts, message, lines):
@@ -148,6 +148,17 @@ def test_too_little_text(tmp_path, data, texts, message, lines):
     with pytest.raises(DataError, match=message):
         prepare(replace(data, path=str(path)), BYTES, log=lines.append)
     assert os.listdir(data.cache_dir) == []
+
+
+@pytest.mark.parametrize("key", ["path", "valid_path"])
+def test_training_or_validation_file_without_text(tmp_path, data, key, lines):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "blank.txt").write_text(" \n")
+    paths = {"path": str(tmp_path / "a.txt"), "valid_path": str(tmp_path / "a.txt")}
+    paths |= {key: str(tmp_path / "blank.txt")}
+    with pytest.raises(DataError, match=r"no document with any text in") as refused:
+        prepare(replace(data, **paths), BYTES, log=lines.append)
+    assert paths[key] in str(refused.value)
 
 
 def test_sentencepiece_without_training_text(data, lines):
@@ -428,10 +439,15 @@ def test_added_shard_is_found(folder):
         open_folder(folder)
 
 
-def test_damaged_cache_is_found_too(data, lines):
-    flip_bit(prepare(data, BYTES, log=lines.append).folder / "train-00000.tokens")
-    with pytest.raises(DataError, match="train-00000"):
+@pytest.mark.parametrize("name", ["train-00000.tokens", "tokenizer_info.json", MANIFEST_FILE])
+@pytest.mark.parametrize("damage", [truncate, os.remove])
+def test_damaged_cache_is_found_and_can_be_deleted(data, lines, name, damage):
+    folder = prepare(data, BYTES, log=lines.append).folder
+    damage(folder / name)
+    with pytest.raises(DataError, match=f"delete (it|{folder}) and run the same command again$"):
         prepare(data, BYTES, log=lines.append)
+    shutil.rmtree(folder)
+    assert prepare(data, BYTES, log=lines.append).train.documents > 0
 
 
 def test_tokenizer_that_does_not_match_the_shards(folder, data, tmp_path, lines):

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from data import sources
-from data.config import DataConfig
+from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.sources import Document, Source, open_source, read_file, sample_documents, split_documents
 
@@ -392,6 +392,14 @@ def test_first_documents_are_sampled_as_a_source_of_their_own(tmp_path):
 def test_wrong_settings_are_named(settings, key):
     with pytest.raises(DataError, match=key):
         DataConfig(**settings)
+
+
+def test_a_leading_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = DataConfig(source="text", path="~/a", valid_path="~/b", cache_dir="~/c")
+    assert (config.path, config.valid_path, config.cache_dir) == ("/home/me/a", "/home/me/b", "/home/me/c")
+    assert TokenizerConfig(kind="file", path="~/t").path == "/home/me/t"
+    assert DataConfig(source="text", path="a~/b").path == "a~/b"
 
 
 def test_hub_rows_become_documents(monkeypatch):

@@ -238,6 +238,13 @@ def test_missing_tokenizers_are_named(tmp_path):
         load_tokenizer(tmp_path / "nothing.model")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_file_out_of_a_tokenizer_folder_names_the_folder(tmp_path, name):
+    folder = huggingface_folder(tmp_path / "hf")
+    with pytest.raises(DataError, match=rf"{name} is one of the files of a tokenizer: .* {folder}$"):
+        load_tokenizer(folder / name)
+
+
 def test_folder_without_special_tokens_is_refused(tmp_path):
     folder = huggingface_folder(tmp_path / "hf")
     (folder / "tokenizer_config.json").unlink()
