@@ -37,7 +37,7 @@ import sys
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports, which take seconds: no traceback
 
-from training.config import run_command
+from training.command import run_command
 from training.evaluate_checkpoints import EvalConfig, evaluate_checkpoints
 
 IMPLIED_GROUPS = {"data": "text", "tokenizer": "file"}

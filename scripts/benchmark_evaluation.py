@@ -21,7 +21,7 @@ import torch
 
 from models.transnormer import DecodeState, TransNormer
 from training import distributed
-from training.config import run_command
+from training.command import run_command
 from training.distributed import World
 from training.errors import SettingError
 from training.evaluation import WINDOWS, evaluate, resolve_stride

@@ -48,7 +48,7 @@ from kernels.benchmark_timing import (
     kernel_times,
     time_interleaved,
 )
-from training.config import run_command
+from training.command import run_command
 from training.errors import SettingError
 from training.plots import plain_ticks
 from training.tables import csv_text, markdown_table

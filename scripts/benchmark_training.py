@@ -34,7 +34,8 @@ from data.loader import Batch
 from models.layers import LMHead
 from models.transnormer import TransNormer
 from training import distributed
-from training.config import TrainConfig, compose, run_command
+from training.command import run_command
+from training.config import TrainConfig, compose
 from training.engine import Engine, compile_for_any_documents
 from training.errors import SettingError
 from training.metrics import peak_flops, peak_memory_gib

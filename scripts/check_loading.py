@@ -17,7 +17,8 @@ import torch
 from models.transnormer import TransNormer
 from training import distributed
 from training.checkpoint import Checkpoint, open_checkpoint
-from training.config import EngineConfig, TrainConfig, load_saved_config, model_config_from, run_command
+from training.command import run_command
+from training.config import EngineConfig, TrainConfig, load_saved_config, model_config_from
 from training.distributed import World
 from training.engine import Engine
 from training.errors import SettingError

@@ -21,7 +21,7 @@ from data.tokenizer_json import are_tied, user_defined, write_tokenizer_json
 from models.config import ModelConfig
 from models.standalone import FILE_NAME
 from models.transnormer import TransNormer
-from training.config import run_command
+from training.command import run_command
 from training.errors import SettingError
 from training.metrics import is_number, read_metrics
 from training.model_folder import DTYPES, new_folder, write_model_folder

@@ -19,7 +19,7 @@ import torch
 from data.tokenizer import Tokenizer
 from models.generation import SamplingConfig, generate
 from models.transnormer import TransNormer
-from training.config import reader_may_leave, run_command
+from training.command import reader_may_leave, run_command
 from training.errors import SettingError
 from training.weights import check_precision, find_model, load_model
 

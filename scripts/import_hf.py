@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.tokenizer import INFO_FILE
-from training.config import run_command
+from training.command import run_command
 from training.errors import SettingError
 from training.model_folder import is_model_folder, new_folder, open_model_folder, write_model_folder
 from training.weights import TrainedModel, load_model

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from training.config import run_command
+from training.command import run_command
 from training.errors import SettingError
 from training.weights import check_precision, find_model, load_model
 

@@ -20,7 +20,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training.config import run_command
+from training.command import run_command
 from training.errors import EXIT_PREEMPTED, SettingError
 from training.launching import free_devices
 from training.multi_gpu_report import write_multi_gpu_report

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from training.config import TrainConfig, reader_may_leave, run_command
+from training.command import reader_may_leave, run_command
+from training.config import TrainConfig
 from training.errors import SettingError
 from training.gpus import require_gpu
 from training.memory import (

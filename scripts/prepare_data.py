@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data.config import PrepareConfig
 from data.prepare import PreparedData, prepare, prepare_folder
-from training.config import run_command
+from training.command import run_command
 
 
 def main(config: PrepareConfig) -> None:

@@ -8,7 +8,7 @@ Training does the same when it ends; run this after evaluations, or on a run tha
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import run_command
+from training.command import run_command
 from training.errors import SettingError
 from training.report import write_run_report
 from training.run_folder import RunFolder

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training.config import run_command
+from training.command import run_command
 from training.errors import SettingError
 from training.gpus import require_gpu
 from training.sweep import FINISHED, SweepDefinition, expand

@@ -12,7 +12,7 @@ from data.errors import DataError
 from data.files import explain_write_errors
 from data.prepare import train_tokenizer
 from data.sources import open_source
-from training.config import run_command
+from training.command import run_command
 
 
 def main(config: PrepareConfig) -> None:

@@ -21,7 +21,7 @@ from kernels import lightning_attention
 from kernels.benchmark_providers import make_slopes, make_tensors
 from kernels.benchmark_timing import time_interleaved
 from kernels.launch import Warps, force
-from training.config import run_command
+from training.command import run_command
 from training.errors import SettingError
 
 

@@ -7,7 +7,8 @@ from data.errors import DataError
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer
 from scripts import prepare_data, train_tokenizer
-from training.config import compose, help_text
+from training.command import help_text
+from training.config import compose
 from training.errors import SettingError
 
 

@@ -13,10 +13,10 @@ from data.errors import DataError
 from scripts.benchmark_kernels import KernelBenchmarkConfig
 from scripts.generate import GenerateConfig
 from scripts.sweep import SweepConfig
+from training.command import command_line
 from training.config import (
     TrainConfig,
     check_resumable,
-    command_line,
     compose,
     flatten,
     load_saved_config,

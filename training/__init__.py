@@ -6,5 +6,5 @@ Models in and out: weights (of a run, a checkpoint or an export), model_folder (
 Scoring: evaluation, evaluation_text, evaluate_checkpoints, evaluation_results; lm_eval_model
 Many runs: multirun (`train.py -m`); sweep, sweep_command, sweep_runner, sweep_forecast, sweep_report;
     rank_kill, multi_gpu_report; launching (commands on free GPUs)
-Planning: memory, gpus. Shared: errors (and exit codes), tables
+Planning: memory, gpus. Shared: command (of every entry), errors (and exit codes), tables
 """

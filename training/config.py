@@ -1,4 +1,4 @@
-"""Settings of a training run, and how every command turns `key=value` arguments into settings.
+"""Settings of a training run, and how `key=value` arguments become settings.
 
 Hydra composes YAML groups over a typed schema (the dataclasses here and beside their owners); everything
 below this module sees plain dataclasses. A wrong setting becomes a `SettingError` of one or two lines.
@@ -7,21 +7,13 @@ below this module sees plain dataclasses. A wrong setting becomes a `SettingErro
 from __future__ import annotations
 
 import difflib
-import errno
-import inspect
-import io
 import math
-import os
 import re
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import reduce
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -36,9 +28,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from data.config import DataConfig, TokenizerConfig
-from data.files import NO_SPACE, read_limited, write_atomically
+from data.files import read_limited, write_atomically
 from models.config import ModelConfig
-from training.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, SettingError
+from training.errors import SettingError
 from training.optimizer import OptimConfig, ScheduleConfig, ramped
 
 CONFIG_LIMIT_BYTES = 32 * 2**10
@@ -327,7 +319,7 @@ def _as_hydra_reads(key: str, value: str, schema: type, config_name: str | None)
     if parsed is None or parsed.is_sweep_override() or value in MISSING:
         several = schema is TrainConfig and parsed is not None and parsed.is_sweep_override()
         hint = " Several values in one command need -m." if several else ""
-        raise SettingError(f"{key}={value}: must be {_in_words(kind)}.{hint}")
+        raise SettingError(f"{key}={value}: must be {_expected(kind)}.{hint}")
     return f"{key}={value}"
 
 
@@ -362,7 +354,7 @@ def _list_of(key: str, value: str) -> str:
     return "[" + ",".join(f"'{_escaped(item.strip())}'" for item in inner.split(",")) + "]"
 
 
-def _in_words(kind: Any) -> str:
+def _expected(kind: Any) -> str:
     """What a value of a type looks like."""
     kinds = get_args(kind) or (kind,)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -402,7 +394,7 @@ def _explain(error: Exception, schema: type, given: dict[str, str]) -> str:
     key = re.sub(r"\[\d+\]$", "", key)
     detail = (str(cause) or str(error)).strip().splitlines()[0]
     if key in given and isinstance(cause, ValidationError):
-        return f"{key}={given[key]}: must be {_in_words(_type_of(key, schema))}."
+        return f"{key}={given[key]}: must be {_expected(_type_of(key, schema))}."
     return f"{key}: {detail}" if key and key not in detail else detail
 
 
@@ -540,120 +532,3 @@ def _as_written(value: Any) -> str:
     if isinstance(value, QuotedString):
         return value.with_quotes()
     return value if isinstance(value, str) else Override._get_value_element_as_str(value)
-
-
-def help_text(description: str, schema: type, config_name: str | None) -> str:
-    """What --help prints: the description, the settings with their defaults, and the groups."""
-    config = compose(schema, [], config_name) if config_name else schema()
-    top_notes = _notes((CONFIG_DIR / f"{config_name}.yaml").read_text()) if config_name else {}
-    settings = "\n".join(_explained(config, top_notes))
-    text = f"{description.strip()}\n\nSettings (key=value, nested ones as group.key=value):\n\n{settings}\n"
-    if config_name:
-        groups = sorted(folder for folder in CONFIG_DIR.iterdir() if folder.is_dir())
-        used = {f.name for f in fields(schema)}
-        lines = [
-            f"  {folder.name}={'|'.join(sorted(file.stem for file in folder.glob('*.yaml')))}"
-            for folder in groups
-            if folder.name in used and any(folder.glob("*.yaml"))
-        ]
-        if lines:
-            text += "\nGroups:\n" + "\n".join(lines) + "\n"
-    return text
-
-
-def _explained(config: Any, notes: dict[str, str], indent: str = "") -> list[str]:
-    """Settings as YAML lines, each with the note that stands beside it in its dataclass or YAML file."""
-    schemas = [schema for schema in reversed(type(config).__mro__) if is_dataclass(schema)]
-    notes = _notes("".join(map(inspect.getsource, schemas))) | notes
-    lines: list[str] = []
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            lines += [f"{indent}{f.name}:", *_explained(value, {}, indent + "  ")]
-            continue
-        text = yaml.safe_dump({f.name: value}, sort_keys=False).rstrip().splitlines()
-        if f.name in notes:
-            text[0] = f"{text[0]:<32}  # {notes[f.name]}"
-        lines += [indent + line for line in text]
-    return lines
-
-
-def _notes(source: str) -> dict[str, str]:
-    """Name to trailing comment, of `name: … # comment` lines."""
-    return dict(re.findall(r"^ *(\w+): [^#\n]*?\S +# (.+)$", source, re.MULTILINE))
-
-
-def run_command(
-    main: Callable[[Any], int | None], schema: type, description: str, config_name: str | None = None
-) -> None:
-    """Entry of a command: settings from the command line, `main(settings)`, exit code.
-
-    Prints help for --help, and for a user's error its text alone on stderr with exit code 2.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal has no such character
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a command sets it while it imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    arguments = command_line()
-    try:
-        if "--help" in arguments or "-h" in arguments:
-            with reader_may_leave():
-                print(help_text(description, schema, config_name))
-            sys.exit(0)
-        code = main(compose(schema, arguments, config_name))
-        with reader_may_leave():
-            sys.stdout.flush()
-    except SettingError as error:
-        fail(error)
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        fail(
-            SettingError(
-                f"{str(error.filename)[:80]}…: the path, or a name in it (255 bytes at most), is too long."
-            )
-        )
-    except KeyboardInterrupt:
-        print(file=sys.stderr)  # what a terminal shows of Ctrl-C, or what was being written, is no whole line
-        sys.exit(EXIT_INTERRUPTED)
-    sys.exit(code or 0)
-
-
-@contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """Around printing whose reader may have seen enough, as `head` has: that ends it without a word.
-
-    Raises:
-        SettingError: what is printed goes to a file, and its disk is full.
-    """
-    try:
-        yield
-        sys.stdout.flush()
-    except OSError as error:
-        leaves = isinstance(error, BrokenPipeError)
-        if not leaves and error.errno not in NO_SPACE:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more on leaving
-        if not leaves:
-            raise SettingError(f"the output can't be written ({error.strerror}): free some space.") from None
-
-
-def command_line() -> list[str]:
-    """The arguments without the `--local_rank` that DeepSpeed's launcher adds."""
-    arguments = []
-    skip = False
-    for argument in sys.argv[1:]:
-        if skip or argument.replace("-", "_").startswith("__local_rank="):
-            skip = False
-        elif argument.replace("-", "_") == "__local_rank":
-            skip = True
-        else:
-            arguments.append(argument)
-    return arguments
-
-
-def fail(error: Exception) -> NoReturn:
-    """Print a user's error, on the first rank only, and exit with 2."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr)
-    sys.exit(EXIT_USER_ERROR)

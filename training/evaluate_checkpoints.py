@@ -24,7 +24,8 @@ from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.files import explain_write_errors, write_atomically
 from training import distributed
-from training.config import load_saved_config, reader_may_leave
+from training.command import reader_may_leave
+from training.config import load_saved_config
 from training.distributed import World
 from training.errors import SettingError
 from training.evaluation import WINDOWS, evaluate, resolve_stride

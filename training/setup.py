@@ -249,8 +249,8 @@ def _check_space(config: TrainConfig, folder: RunFolder, state: RunState) -> Non
     needed, free = max(most - kept, 1) * size, shutil.disk_usage(folder.path).free + freed
     if free < needed:
         raise SettingError(
-            f"run_dir={folder.path}: {_in_words(free)} are free, and its checkpoints need "
-            f"{_in_words(needed)} more ({max(most - kept, 1)} of {_in_words(size)}). "
+            f"run_dir={folder.path}: {_format_bytes(free)} are free, and its checkpoints need "
+            f"{_format_bytes(needed)} more ({max(most - kept, 1)} of {_format_bytes(size)}). "
             "Free some space, lower keep_checkpoints, or choose another run_dir."
         )
 
@@ -268,11 +268,11 @@ def _check_memory(config: TrainConfig, world: World) -> None:
     free = psutil.virtual_memory().available + psutil.swap_memory().free
     if free < needed:
         raise SettingError(
-            f"model={config.model.name} needs {_in_words(int(needed))} of memory for its weights, gradients "
-            f"and optimizer alone, and {_in_words(free)} are free. Choose a smaller model, or train on a GPU "
-            "(python -m scripts.plan says what fits)."
+            f"model={config.model.name} needs {_format_bytes(int(needed))} of memory for its weights, "
+            f"gradients and optimizer alone, and {_format_bytes(free)} are free. Choose a smaller model, or "
+            "train on a GPU (python -m scripts.plan says what fits)."
         )
 
 
-def _in_words(num_bytes: int) -> str:
+def _format_bytes(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
