@@ -64,7 +64,7 @@ def test_every_command_answers_help(name, monkeypatch, capsys):
         *((name, ["no_such=1"], "no_such: unknown setting") for name in COMMANDS),
         ("eval.py", ["checkpoint=none"], "checkpoint=none: no such folder"),
         ("scripts.generate", ["checkpoint=none"], "checkpoint=none: no such folder"),
-        ("scripts.plan", ["gpu=abacus"], "gpu=abacus is not on record"),
+        ("scripts.plan", ["gpu=abacus"], "gpu=abacus is unknown"),
         ("scripts.report", ["run_dir=none"], "run_dir=none"),
         ("scripts.sweep", ["sweep=nosuch"], "nosuch"),
         ("scripts.sweep", ["retry=[waiting]"], "Allowed: done, oom, failed"),

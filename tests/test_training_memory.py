@@ -210,7 +210,7 @@ def test_gpus_by_name():
 )
 def test_other_gpus_are_not_taken_for_those_on_record(name):
     assert find_gpu(name) is None
-    with pytest.raises(SettingError, match="is not on record: give the nearest of b200, h200, h100-pcie, "):
+    with pytest.raises(SettingError, match=r"is unknown\. Allowed: b200, h200, h100-pcie, "):
         require_gpu(name)
 
 

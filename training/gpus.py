@@ -50,5 +50,5 @@ def require_gpu(name: str) -> Gpu:
     gpu = find_gpu(name)
     if gpu is None:
         names = ", ".join(gpu.name.lower().replace(" ", "-") for gpu in GPUS)
-        raise SettingError(f"gpu={name} is not on record: give the nearest of {names}.")
+        raise SettingError(f"gpu={name} is unknown. Allowed: {names}. For another give the nearest of these.")
     return gpu
