@@ -70,6 +70,11 @@ class World:
         """Whether this rank prints and writes."""
         return self.rank == 0
 
+    def log(self, text: str) -> None:
+        """A line on the first rank's stderr."""
+        if self.is_first:
+            print(text, file=sys.stderr, flush=True)
+
     def max(self, value: int) -> int:
         """The largest value of any rank, on every rank."""
         if self.size == 1:

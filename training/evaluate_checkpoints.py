@@ -122,17 +122,13 @@ def _can_be_written(file: Path) -> bool:
 def _evaluate_all(config: EvalConfig, world: World) -> tuple[list[Evaluation], list[str]]:
     """What was scored and what went wrong, the same on every rank."""
 
-    def log(text: str) -> None:
-        if world.is_first:
-            print(text, file=sys.stderr, flush=True)
-
     def read(path: Path) -> tuple[SavedModel, Text]:
         saved = identify(path)
         saved.home.check_links()  # results are written there
         check_tokenizer(config.tokenizer, saved)
-        return saved, open_text(config.data, saved, config.max_tokens, opened, log)
+        return saved, open_text(config.data, saved, config.max_tokens, opened, world.log)
 
-    paths = world.on_first(lambda: find_models(str(config.checkpoint), log))
+    paths = world.on_first(lambda: find_models(str(config.checkpoint), world.log))
     opened: dict[str, Text] = {}
     evaluations: list[Evaluation] = []
     problems: list[str] = []
@@ -188,8 +184,8 @@ def _evaluate_one(
         results.append(result)
     if not_kept and config.output is None:
         problems.append(f"{not_kept} Or give output=FILE: then they are kept there.")
-    elif not_kept and world.is_first:
-        print(f"results are kept in {config.output} only: {not_kept}", file=sys.stderr)
+    elif not_kept:
+        world.log(f"results are kept in {config.output} only: {not_kept}")
     return evaluation, problems
 
 

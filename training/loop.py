@@ -119,12 +119,8 @@ def _out_of_memory(error: BaseException, config: TrainConfig, folder: RunFolder)
 def _train(
     config: TrainConfig, folder: RunFolder, world: World, interrupt: Interrupt, watchdog: Watchdog
 ) -> int:
-    def log(text: str) -> None:
-        if world.is_first:
-            print(text, file=sys.stderr, flush=True)
-
     with interrupt.at_once():
-        run = set_up(config, folder, world, log)
+        run = set_up(config, folder, world)
     if run is None:
         if world.is_first and folder.report_is_old():  # killed before it was written
             write_run_report(folder)

@@ -54,7 +54,7 @@ class Run:
     seconds: dict[str, float]  # that each part of the set-up took
 
 
-def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Run | None:
+def set_up(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
     """Prepare the data, take up the newest valid checkpoint and build the engine; None for a finished run.
 
     Raises:
@@ -64,19 +64,19 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World, log: Log) -> Ru
     world.on_all(partial(_check_backend, config, world))
     if not world.is_first:  # the first rank's hashes are enough
         config = replace(config, data=replace(config.data, verify="quick"))
-    checkpoint = find_checkpoint(config.resume, folder, world, log)
+    checkpoint = find_checkpoint(config.resume, folder, world, world.log)
     saved = None
     if checkpoint is not None:  # before data is prepared that the run may not have
         saved = world.on_all(partial(_saved_settings, config, checkpoint))
-    data = world.on_all(partial(prepare, config.data, config.tokenizer, log=log))
+    data = world.on_all(partial(prepare, config.data, config.tokenizer, log=world.log))
     times.append(time.perf_counter())
     if checkpoint is None and config.resume != "never" and world.on_first(folder.holds_run):
-        log(f"{folder.path} holds a run without a checkpoint: it starts again, and its metrics with it")
-    config = world.on_all(partial(_settle, config, data, checkpoint, saved, log))
+        world.log(f"{folder.path} holds a run without a checkpoint: it starts again, and its metrics with it")
+    config = world.on_all(partial(_settle, config, data, checkpoint, saved, world.log))
     loader = world.on_all(partial(_make_loader, config, data))
     state = _initial_state(config, checkpoint, world)
     if state.step >= config.max_steps and world.on_first(lambda: _is_whole(config, folder, data, state.step)):
-        log(f"{folder.path}: finished at step {state.step}; raise max_steps to train on.")
+        world.log(f"{folder.path}: finished at step {state.step}; raise max_steps to train on.")
         return None
     world.on_first(lambda: _check_space(config, folder, state))
     world.on_all(partial(_check_memory, config, world))
