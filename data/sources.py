@@ -42,7 +42,7 @@ MISSING = object()  # of a row without the field that holds the text
 STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "__pycache__"})
 STDLIB_TESTS = frozenset({"test", "tests", "idle_test"})
 PEEKED_DOCUMENTS = 1_000
-SAMPLED_PIECES = 256  # a document is cut so that at least so many make up a sample
+SAMPLED_PIECES = 16  # a document is cut so that at least so many make up a sample
 
 
 class Document(NamedTuple):

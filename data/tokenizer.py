@@ -300,7 +300,8 @@ class HuggingFaceTokenizer:
 
         Other special tokens that its post-processor adds are left out, as in training.
         """
-        if self._tokenizer.encode("a").ids[:1] == [self.bos_id]:
+        ids = self._tokenizer.encode("a", add_special_tokens=False).ids
+        if self._tokenizer.encode("a").ids == [self.bos_id, *ids]:
             return None
         content = json.loads(self._model)
         bos = self.special_tokens["bos_token"]

@@ -202,7 +202,8 @@ class TransnormerForCausalLM(PreTrainedModel, GenerationMixin):
         elif next_sequence_length is not None:
             tokens = {"input_ids": input_ids[:, -next_sequence_length:]}
         elif inputs_embeds is not None:
-            tokens = {"input_ids": input_ids[:, seen - inputs_embeds.shape[1] :]}
+            prompt = 0 if input_ids.shape[1] > seen else inputs_embeds.shape[1]  # ids may be without it
+            tokens = {"input_ids": input_ids[:, seen - prompt :]}
         else:
             tokens = {"input_ids": input_ids[:, seen:] if whole else input_ids}
         return tokens | {

@@ -279,7 +279,7 @@ AFTER = {"special_tokens": [("<s>", 0), ("</s>", 1)]}
         (None, True, []),
         (POST_PROCESSORS.ByteLevel(trim_offsets=True), True, []),
         (POST_PROCESSORS.TemplateProcessing("$A </s>", "$A </s> $B </s>", **AFTER), True, []),
-        (POST_PROCESSORS.TemplateProcessing("<s> $A </s>", "<s> $A $B </s>", **AFTER), False, [1]),
+        (POST_PROCESSORS.TemplateProcessing("<s> $A </s>", "<s> $A $B </s>", **AFTER), True, []),
     ],
     ids=["none", "offsets", "eos", "bos and eos"],
 )

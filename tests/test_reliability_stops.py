@@ -343,7 +343,10 @@ def test_a_run_out_of_memory_says_what_helps(text, tmp_path):
     )
     for steps, advice in (
         (1, "a smaller micro_batch_size, optim=adamw_8bit, "),
-        (3, "engine=zero2_offload, or more GPUs with engine=zero3, with which the same command goes on"),
+        (
+            3,
+            "engine=zero2_offload, or more GPUs with engine=zero3; run the same command to ",
+        ),
     ):
         ranks = train(text, run_dir, "max_steps=9", faults={0: [("run_out_of_memory", steps)]})
         assert ranks.wait() == [2], ranks.stderr()

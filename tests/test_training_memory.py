@@ -1,11 +1,15 @@
 """The memory estimate against what autograd really keeps, hand-made sums, and the micro-batch it leads to."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from models.config import ModelConfig
 from models.transnormer import TransNormer
-from training.config import compose
+from training import setup
+from training.config import TrainConfig, compose
+from training.distributed import World
 from training.errors import SettingError
 from training.gpus import find_gpu, require_gpu
 from training.memory import (
@@ -17,6 +21,7 @@ from training.memory import (
     memory_parts,
     resolve_micro_batch,
     state_parts,
+    ways_to_fit,
     with_vocabulary,
 )
 
@@ -218,3 +223,36 @@ def test_with_many_ranks_the_peak_is_the_start_which_holds_all_weights():
     config = settings("model=tnl-65b", "model.vocab_size=64000", "seq_len=64", "engine=zero3")
     parts = memory_parts(config, 1024, 1)
     assert list(parts.values()) == [2 * config.model.num_parameters()]
+
+
+def test_a_model_larger_than_the_cpu_s_memory_is_refused(monkeypatch):
+    config = compose(TrainConfig, ["run_dir=R", "model.vocab_size=1000", "engine.precision=fp32"], "train")
+    free = [20 * config.model.num_parameters()]  # weights, gradient sums, masters, two moments
+    monkeypatch.setattr(setup.psutil, "virtual_memory", lambda: SimpleNamespace(available=free[0] - 5))
+    monkeypatch.setattr(setup.psutil, "swap_memory", lambda: SimpleNamespace(free=5))
+    setup._check_memory(config, World(0, 1, CPU))
+    free[0] -= 1
+    with pytest.raises(SettingError, match=r"^out of memory: model=tnl-tiny needs [1-9]\S* MiB .* are free"):
+        setup._check_memory(config, World(0, 1, CPU))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_started", "ways"),
+    [
+        (
+            [],
+            False,
+            "a smaller micro_batch_size, optim=adamw_8bit, model.activation_checkpointing=selective or full, "
+            "engine=zero2_offload, a shorter seq_len, or more GPUs with engine=zero3",
+        ),
+        (
+            ["seq_len=65536", "batch_tokens=65536", "engine=zero3"],
+            True,
+            "engine.sequence_chunk=32768, engine=zero3_offload, or more GPUs with engine=zero3",
+        ),
+        (["optim=muon", "model=llama-tiny", "micro_batch_size=1"], True, "more GPUs with engine=zero3"),
+    ],
+)
+def test_what_may_help_out_of_memory(overrides, is_started, ways):
+    """Of a run that is started only the engine may change, and each setting works with the others."""
+    assert ways_to_fit(settings("model.vocab_size=1000", *overrides), is_started) == ways

@@ -261,10 +261,9 @@ def compose(schema: type, arguments: list[str], config_name: str | None = None):
         config: Any = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise SettingError(_explain(error, schema, given)) from None
-    except SettingError:
-        raise
     except ValueError as error:
-        raise SettingError(str(error)) from None
+        kind = type(error) if isinstance(error, SettingError) else SettingError
+        raise kind(str(error).replace(STANDS_FOR_MISSING, MISSING[0])) from None
     for key in (key for key, value in given.items() if value in MISSING):
         *owners, name = key.split(".")
         owner = reduce(getattr, owners, config)

@@ -38,7 +38,7 @@ def find_gpu(name: str) -> Gpu | None:
 
 
 def _words(gpu: Gpu) -> str:
-    return rf"\b{gpu.name.lower().replace(' ', '.*')}\b"
+    return rf"\b{gpu.name.lower().replace(' ', '.*')}(?!\d)"
 
 
 def require_gpu(name: str) -> Gpu:
@@ -50,5 +50,8 @@ def require_gpu(name: str) -> Gpu:
     gpu = find_gpu(name)
     if gpu is None:
         names = ", ".join(gpu.name.lower().replace(" ", "-") for gpu in GPUS)
-        raise SettingError(f"gpu={name} is unknown. Allowed: {names}. For another give the nearest of these.")
+        raise SettingError(
+            f"gpu={name} is unknown. Allowed: {names}. For another give the nearest of these, to "
+            "scripts.plan with gpu_memory_gib."
+        )
     return gpu

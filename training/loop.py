@@ -110,10 +110,11 @@ def _how_to_go_on(config: TrainConfig) -> str:
 def _out_of_memory(error: BaseException, config: TrainConfig, folder: RunFolder) -> str:
     """Where, how much was asked for, and what to do."""
     reason = ". ".join(str(error).split(". ")[:3])  # PyTorch's goes on about its allocator
-    started = folder.has_checkpoint()
-    rest = ", with which the same command goes on from the last checkpoint" if started else ""
-    rank = os.environ.get("RANK", "0")
-    return f"out of memory on rank {rank} ({reason}). Try {ways_to_fit(config, started)}{rest}."
+    where = f"rank {os.environ.get('RANK', '0')}" + (f" ({reason})" if reason else "")
+    if config.resume == "never" or not folder.has_checkpoint():  # perhaps one of an earlier run
+        return f"out of memory on {where}. Try {ways_to_fit(config)}."
+    ways = ways_to_fit(config, is_started=True)
+    return f"out of memory on {where}. Try {ways}; {_how_to_go_on(config)} from the last checkpoint."
 
 
 def _train(

@@ -161,6 +161,7 @@ def _settle(
         total_steps = total_steps or saved["schedule"]["total_steps"]
         vocab_size = vocab_size or saved["model"]["vocab_size"]
         lr = lr or saved["optim"]["lr"]
+        config = replace(config, init_from=saved.get("init_from"))
         is_rate = type(lr) is float and math.isfinite(lr)
         if type(total_steps) is not int or type(vocab_size) is not int or not is_rate:
             raise CheckpointError(
@@ -268,7 +269,7 @@ def _check_memory(config: TrainConfig, world: World) -> None:
     free = psutil.virtual_memory().available + psutil.swap_memory().free
     if free < needed:
         raise SettingError(
-            f"model={config.model.name} needs {_format_bytes(int(needed))} of memory for its weights, "
+            f"out of memory: model={config.model.name} needs {_format_bytes(int(needed))} for its weights, "
             f"gradients and optimizer alone, and {_format_bytes(free)} are free. Choose a smaller model, or "
             "train on a GPU (python -m scripts.plan says what fits)."
         )
