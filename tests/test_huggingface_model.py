@@ -85,6 +85,14 @@ def test_padding_on_either_side_changes_nothing(pair):
         close(torch.cat(got), expected)
 
 
+def left_padded() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two prompts of 7 and 12 tokens, and their mask."""
+    tokens = random_tokens(2, 12)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    return tokens, mask
+
+
 def packed_batch(**settings) -> tuple[list[torch.Tensor], dict]:
     """Three sequences, and what transformers' collator of padding-free training makes of them."""
     rows = [row[:n] for row, n in zip(random_tokens(3, 70), (40, 1, 70), strict=True)]
@@ -204,9 +212,7 @@ def test_prompts_padded_at_the_end_are_not_continued():
 @pytest.mark.parametrize("name", ["default", "hybrid"])
 def test_beam_search_reorders_the_state(name):
     _, wrapped = make_pair(**VARIANTS[name])
-    tokens = random_tokens(2, 12)
-    mask = torch.ones_like(tokens)
-    mask[0, :5] = 0
+    tokens, mask = left_padded()
     settings = {
         "attention_mask": mask,
         "max_new_tokens": 12,
@@ -225,9 +231,7 @@ def test_beam_search_reorders_the_state(name):
 @pytest.mark.parametrize("name", ["default", "hybrid"])
 def test_embeddings_in_place_of_ids(name):
     _, wrapped = make_pair(**VARIANTS[name])
-    tokens = random_tokens(2, 12)
-    mask = torch.ones_like(tokens)
-    mask[0, :5] = 0
+    tokens, mask = left_padded()
     embeddings = wrapped.get_input_embeddings()(tokens)
     assert embeddings.dtype == torch.float32
     expected = wrapped(tokens, attention_mask=mask, labels=tokens)

@@ -38,6 +38,12 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 MISSING = ("???", "'???'", '"???"')  # to OmegaConf no text, but a value that is still to be set
 STANDS_FOR_MISSING = "？？？"  # while it composes
 
+CHUNKS_NEED = {
+    "attention": "lightning",
+    "softmax_every": 0,
+    "dropout": 0.0,
+}  # engine.sequence_chunk, of model
+
 # What may change when a run is resumed; everything else is refused by name.
 CHANGEABLE_ON_RESUME = (
     "max_steps",
@@ -210,7 +216,7 @@ class TrainConfig:
 
     def _check_sequence_chunk(self) -> None:
         """Chunks need layers with a state of constant size, and the same numbers when computed again."""
-        for key, allowed in (("attention", "lightning"), ("softmax_every", 0), ("dropout", 0.0)):
+        for key, allowed in CHUNKS_NEED.items():
             value = getattr(self.model, key)
             if self.engine.sequence_chunk and value != allowed:
                 raise SettingError(

@@ -16,7 +16,7 @@ from data.tokenizer import ByteTokenizer
 from models.config import ModelConfig
 from models.layers import LOGITS_PER_CHUNK
 from training.adamw_8bit import BLOCK
-from training.config import EngineConfig, TrainConfig
+from training.config import CHUNKS_NEED, EngineConfig, TrainConfig
 from training.errors import SettingError
 
 Settings = TypeVar("Settings", bound=TrainConfig)
@@ -213,8 +213,8 @@ def ways_to_fit(config: TrainConfig, is_started: bool = False) -> str:
         ways += ["optim=adamw_8bit"] if config.optim.name != "adamw_8bit" else []
         ways += ["model.activation_checkpointing=selective or full"]
     longest = config.seq_len * (1 if sequences == "auto" else sequences)
-    has_states = model.attention == "lightning" and not model.softmax_every and not model.dropout
-    if has_states and engine.sequence_chunk == 0 and longest > CHUNK_TOKENS:
+    can_be_cut = all(getattr(model, key) == value for key, value in CHUNKS_NEED.items())
+    if can_be_cut and engine.sequence_chunk == 0 and longest > CHUNK_TOKENS:
         ways += [f"engine.sequence_chunk={CHUNK_TOKENS}"]
     if not engine.offloads and config.optim.name != "muon":
         ways += [f"engine=zero{max(engine.zero_stage, 2)}_offload"]

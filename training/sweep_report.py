@@ -287,8 +287,7 @@ def plot(path: Path, grid: Grid, key: str, title: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    legend_rows = len(grid.lines) + 1
-    figure = Figure(figsize=(8, 4.8 + 0.18 * legend_rows), layout="constrained")
+    figure = Figure(figsize=(8, 5 + 0.18 * len(grid.lines)), layout="constrained")  # the legend is below
     axes = figure.add_subplot()
     numeric = _numbers(grid.places)
     num_lost = 0  # lines with a point out of memory so far
