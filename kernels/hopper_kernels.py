@@ -359,10 +359,8 @@ def gradient_chunks(
     for i in range(first, last):
         row = (first + last - 1 - i) * C
         num_rows = gl.minimum(length - row, C)
-        b_weight, b_through = b_decay, through
         if starts is not None:
-            b_weight = gl.where(o_x[:, None] >= row_starts(starts, row, o_y)[None, :], b_decay, 0.0)
-            b_through = gl.where(row_starts(starts, row, o_t) < 0, through, 0.0)
+            begins = row_starts(starts, row, o_y)
             start_last = row_starts(starts, row, num_rows - 1)
         stage = n % STAGES
         x, y, z = s_x.index(stage), s_y.index(stage), s_z.index(stage)
@@ -373,7 +371,12 @@ def gradient_chunks(
         b_p = start_product(x, y.permute((1, 0)), C, C, p_layout)
         mbarrier.wait(ready, n // 2 & 1)
         b_out = start_product(x, copy.permute((1, 0)) if GROUP else copy, C, D, layout)
-        b_p = (warpgroup_mma_wait(1, deps=(b_p,)) * b_weight).to(dtype)
+        b_p = warpgroup_mma_wait(1, deps=(b_p,)) * b_decay
+        b_through = through
+        if starts is not None:
+            b_p = gl.where(o_x[:, None] >= begins[None, :], b_p, 0.0)
+            b_through = gl.where(gl.convert_layout(begins, gl.SliceLayout(0, operand)) < 0, through, 0.0)
+        b_p = b_p.to(dtype)
         to_end = decay_powers(log2_decay, num_rows - 1 - o_out) * scale
         decay, kept = gl.exp2(log2_decay * num_rows), 1.0
         if starts is not None:
