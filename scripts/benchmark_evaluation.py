@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 
 from models.transnormer import DecodeState, TransNormer
-from training import distributed
 from training.command import run_command
-from training.distributed import World
+from training.distributed import World, process_group
 from training.errors import SettingError
 from training.evaluation import WINDOWS, evaluate, resolve_stride
 from training.evaluation_text import open_text
@@ -52,13 +51,10 @@ class BenchmarkEvaluationConfig:
 def main(config: BenchmarkEvaluationConfig) -> None:
     """Print both speeds in tokens/s."""
     path = find_model(config.checkpoint)
-    world = distributed.start(timeout_minutes=5)
-    try:
+    with process_group(timeout_minutes=5) as world:
         if world.size > 1:
             raise SettingError(f"{world.size} ranks: this times one. Start it without a launcher.")
         _compare(config, path, world)
-    finally:
-        distributed.stop()
 
 
 def _compare(config: BenchmarkEvaluationConfig, path: Path, world: World) -> None:

@@ -33,9 +33,9 @@ from torch.utils.checkpoint import checkpoint
 from data.loader import Batch
 from models.layers import LMHead
 from models.transnormer import TransNormer
-from training import distributed
 from training.command import run_command
 from training.config import TrainConfig, compose
+from training.distributed import World, process_group
 from training.engine import Engine, compile_for_any_documents
 from training.errors import SettingError
 from training.metrics import peak_flops, peak_memory_gib
@@ -102,7 +102,8 @@ def main(config: TrainingBenchmarkConfig) -> int:
     """
     if config.point is not None:
         point = json.loads(config.point)
-        print(json.dumps(measure(config, point["model"], point["way"], point["seq_len"])))
+        with process_group(timeout_minutes=5) as world:
+            print(json.dumps(measure(config, point["model"], point["way"], point["seq_len"], world)))
         return 0
     for model in config.models:
         train_config(config, model, config.seq_lens[0])
@@ -151,7 +152,7 @@ def train_config(config: TrainingBenchmarkConfig, model_name: str, seq_len: int)
     return compose(TrainConfig, settings, "train")
 
 
-def measure(config: TrainingBenchmarkConfig, model_name: str, way: str, seq_len: int) -> dict:
+def measure(config: TrainingBenchmarkConfig, model_name: str, way: str, seq_len: int, world: World) -> dict:
     """Time one point in this process."""
     train = train_config(config, model_name, seq_len)
     if way in ("fla", "plain"):
@@ -159,7 +160,6 @@ def measure(config: TrainingBenchmarkConfig, model_name: str, way: str, seq_len:
         use_flash_linear_attention()
     if way == "plain":
         LMHead.forward = plain_loss  # type: ignore[method-assign, assignment]
-    world = distributed.start(train.engine.timeout_minutes)
     micro_batch_size = max(1, (config.micro_tokens or config.tokens) // seq_len)
     accumulation_steps = train.sequences_per_step // micro_batch_size
     with world.device:  # weights are drawn where they stay
@@ -185,7 +185,6 @@ def measure(config: TrainingBenchmarkConfig, model_name: str, way: str, seq_len:
         print_profile(step, batches)
     speed = train.batch_tokens / statistics.median(seconds for seconds, _ in timed)
     peak = peak_flops(world.device)
-    distributed.stop()
     return {
         "micro_batch_size": micro_batch_size,
         "parameters": train.model.num_parameters(),

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from models.transnormer import TransNormer
-from training import distributed
 from training.checkpoint import Checkpoint, open_checkpoint
 from training.command import run_command
 from training.config import EngineConfig, TrainConfig, load_saved_config, model_config_from
-from training.distributed import World
+from training.distributed import World, process_group
 from training.engine import Engine
 from training.errors import SettingError
 from training.model_folder import is_model_folder
@@ -40,8 +39,7 @@ def main(config: CheckLoadingConfig) -> int:
     path = find_model(config.checkpoint)
     if is_model_folder(path):
         raise SettingError(f"checkpoint={path} is an import or export, which holds weights alone.")
-    world = distributed.start(timeout_minutes=5)
-    try:
+    with process_group(timeout_minutes=5) as world:
         checkpoint = open_checkpoint(path, verify=False)
         engine, precision = _engine(checkpoint, config.zero_stage, world)
         engine.load(checkpoint.read, 1)
@@ -57,8 +55,6 @@ def main(config: CheckLoadingConfig) -> int:
             print(f"{where}: {total:,} values, {verdict}")
         engine.close()
         return 1 if differing else 0
-    finally:
-        distributed.stop()
 
 
 def _engine(checkpoint: Checkpoint, zero_stage: int, world: World) -> tuple[Engine, str]:

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from training import distributed
+from training.distributed import process_group
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -25,8 +25,8 @@ def no_process_group_is_left():
 @pytest.fixture
 def world():
     """A group of one."""
-    yield distributed.start(timeout_minutes=5)
-    distributed.stop()
+    with process_group(timeout_minutes=5) as world:
+        yield world
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ import torch
 
 from training import (
     checkpoint,
-    distributed,
     engine,
     evaluation_text,
     interrupt,
@@ -152,7 +151,7 @@ def die_in_set_up() -> None:
 
 def mark_joining(marker: str) -> None:
     """Write `marker` when this process is about to join the others."""
-    before(distributed, "start", Path(marker).touch)
+    before(loop, "process_group", Path(marker).touch)
 
 
 def _die_at(count: int) -> Callable[[], None]:

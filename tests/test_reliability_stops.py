@@ -354,3 +354,11 @@ def test_a_run_out_of_memory_says_what_helps(text, tmp_path):
         assert "Traceback" not in ranks.stderr()
     assert newest_checkpoint(run_dir / "checkpoints").step == 2
     assert train(text, run_dir, "max_steps=3", "engine=zero2").wait() == [0]
+
+
+def test_one_rank_out_of_memory_ends_all(text, tmp_path):
+    faults = {0: [("impatient",)], 1: [("impatient",), ("run_out_of_memory", 2)]}
+    ranks = train(text, tmp_path / "run", "max_steps=9", num_ranks=2, faults=faults)
+    assert ranks.wait(STOP_SECONDS) == [1, 2], ranks.stderr()
+    assert "error: out of memory on rank 1 (" in ranks.stderr(1)
+    assert "is gone, last seen at step 1, training step" in ranks.stderr(0)

@@ -1,10 +1,13 @@
-"""training.distributed: groups that follow each other."""
+"""training.distributed: how groups are joined and left."""
 
+import contextlib
 from datetime import timedelta
 
+import pytest
 import torch.distributed as dist
 
 from training import distributed
+from training.errors import SettingError
 
 
 def test_runs_under_one_agent_have_keys_of_their_own(monkeypatch):
@@ -19,3 +22,20 @@ def test_runs_under_one_agent_have_keys_of_their_own(monkeypatch):
         store = distributed._open_store(0, 1, join_seconds=5)
         assert store.add("ranks", 1) == 1
     assert agent.check(["start 0 0/ranks", "start 0 1/ranks"])
+
+
+@pytest.mark.parametrize(
+    ("error", "in_order"),
+    [(None, True), (SettingError("of all ranks"), True), (RuntimeError("of this rank"), False)],
+)
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others(error, in_order, monkeypatch):
+    """NCCL's orderly end waits for every rank of the host, and those may wait for this one."""
+    destroyed = []
+    destroy = dist.destroy_process_group
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: (destroyed.append(True), destroy()))
+    with contextlib.suppress(SettingError, RuntimeError), distributed.process_group(timeout_minutes=1):
+        assert dist.is_initialized()
+        if error is not None:
+            raise error
+    assert destroyed == [True] * in_order
+    assert not dist.is_initialized()

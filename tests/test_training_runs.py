@@ -87,15 +87,16 @@ def test_a_checkpoint_loads_at_any_ranks_and_stage(ranks, stage, text, reference
     checkpoint = newest_checkpoint(reference / "checkpoints")
     source, vocab_size = checkpoint.folder, checkpoint.shapes["model.embed_tokens.weight"][0]
     code = (
-        "import sys; from pathlib import Path; from training import distributed;"
+        "import sys; from pathlib import Path; from training.distributed import process_group;"
         "from training.checkpoint import open_checkpoint, save_checkpoint;"
         "from training.config import TrainConfig, compose; from training.engine import Engine;"
         "from models.transnormer import TransNormer;"
-        "config = compose(TrainConfig, sys.argv[3:], 'train'); world = distributed.start(1);"
+        "config = compose(TrainConfig, sys.argv[3:], 'train'); group = process_group(1);"
+        "world = group.__enter__();"
         "engine = Engine(TransNormer(config.model), config, world, accumulation_steps=1, micro_batch_size=2);"
         "engine.load(open_checkpoint(Path(sys.argv[1])).read, 6);"
         "save_checkpoint(Path(sys.argv[2]), step=6, fragments=engine.fragments_to_save(), world=world,"
-        " write_files=lambda folder: None, state={}, facts={}); distributed.stop()"
+        " write_files=lambda folder: None, state={}, facts={}); group.__exit__(None, None, None)"
     )
     arguments = settings(text, tmp_path / "run", f"engine=zero{stage}", f"model.vocab_size={vocab_size}")
     result = run(["-c", code, str(source), str(tmp_path / "saved"), *arguments], ranks)

@@ -10,13 +10,15 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _abort_process_group as abort_process_group
 
 from training.errors import EXIT_FAILED, SettingError
 
@@ -24,7 +26,7 @@ JOIN_SECONDS = 50.0  # a rank that comes later than this after another ends the 
 JOIN_POLL_SECONDS = 0.1
 T = TypeVar("T")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_set_here: list[str] = []  # the variables that `start` has set in place of a launcher
+_set_here: list[str] = []  # the variables that `_start` has set in place of a launcher
 
 
 def check_launcher() -> None:
@@ -133,15 +135,35 @@ class World:
         return value
 
 
-def start(timeout_minutes: float, join_seconds: float = JOIN_SECONDS) -> World:
-    """Join the process group that the launcher describes, or form a group of one.
+@contextmanager
+def process_group(timeout_minutes: float, join_seconds: float = JOIN_SECONDS) -> Iterator[World]:
+    """The process group that the launcher describes, or a group of one, for the block.
 
-    A group of one is described in the environment too, where DeepSpeed looks, until `stop`.
+    A rank that leaves the block, or by a `SettingError`, leaves in order with all others. By any other error
+    it leaves alone: its connections are aborted, as NCCL's orderly end waits for every rank of the host, and
+    those may be waiting for this one.
+
+    A group of one is described in the environment too, where DeepSpeed looks.
 
     Args:
         timeout_minutes: how long a collective may take before the run ends.
         join_seconds: how long to wait for the other ranks before saying which are missing and leaving.
     """
+    leave = abort_process_group
+    try:
+        yield _start(timeout_minutes, join_seconds)
+        leave = dist.destroy_process_group
+    except SettingError:
+        leave = dist.destroy_process_group
+        raise
+    finally:
+        if dist.is_initialized():
+            leave()
+        while _set_here:
+            os.environ.pop(_set_here.pop(), None)
+
+
+def _start(timeout_minutes: float, join_seconds: float) -> World:
     check_launcher()
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -219,14 +241,6 @@ def _leave(reason: str) -> NoReturn:
     """End this process, whose group can't be formed."""
     print(f"stopping: {reason}", file=sys.stderr, flush=True)
     raise SystemExit(EXIT_FAILED)
-
-
-def stop() -> None:
-    """Leave the process group, if one was joined, and give the environment back."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    while _set_here:
-        os.environ.pop(_set_here.pop(), None)
 
 
 def free_port() -> int:

@@ -23,10 +23,9 @@ from tqdm import tqdm
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.files import explain_write_errors, write_atomically
-from training import distributed
 from training.command import reader_may_leave
 from training.config import load_saved_config
-from training.distributed import World
+from training.distributed import World, process_group
 from training.errors import SettingError
 from training.evaluation import WINDOWS, evaluate, resolve_stride
 from training.evaluation_results import (
@@ -100,13 +99,10 @@ def evaluate_checkpoints(config: EvalConfig) -> int:
         raise SettingError(f"output={config.output} is a folder: give the name of a JSON file.")
     if config.output and not _can_be_written(Path(config.output)):
         raise SettingError(f"output={config.output} can't be written: choose another folder.")
-    world = distributed.start(TIMEOUT_MINUTES)
-    try:
+    with process_group(TIMEOUT_MINUTES) as world:
         evaluations, problems = _evaluate_all(config, world)
         if world.is_first and evaluations:
             _show(config, evaluations)
-    finally:
-        distributed.stop()
     if problems:
         more = problems[1:] if len(problems) < 3 else [f"and {len(problems) - 1} more points failed."]
         raise SettingError("\n".join(problems[:1] + more))

@@ -10,13 +10,13 @@ Ranks act together: a request to stop, and an error of one rank, take effect whe
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -32,10 +32,9 @@ from data.tokenizer import decode_with
 from kernels.lightning_attention import default_backend
 from models.generation import SamplingConfig, generate
 from models.llama import softmax_backend
-from training import distributed
 from training.checkpoint import NonFiniteError, remove_old, save_checkpoint
 from training.config import TrainConfig, save_config
-from training.distributed import World
+from training.distributed import World, is_first, is_restart, process_group
 from training.engine import Fragment, StepResult
 from training.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, SettingError
 from training.evaluation import documents_of, evaluate
@@ -67,23 +66,25 @@ def train(config: TrainConfig, interrupt: Interrupt) -> int:
         SettingError: something the user can mend; nothing has been overwritten.
     """
     folder = RunFolder(config.run_dir)
-    if distributed.is_restart() and config.resume == "never":
+    if is_restart() and config.resume == "never":
         config = replace(config, resume="auto")
-        if distributed.is_first():
+        if is_first():
             print("started again by torchrun: going on, in spite of resume=never", file=sys.stderr)
     try:
-        with interrupt.at_once():
-            world = distributed.start(config.engine.timeout_minutes, config.engine.join_seconds)
-            world.on_first(lambda: folder.enter(config.resume, config.overwrite))
-            start_id = world.from_first(uuid.uuid4().hex)
-        with Watchdog(folder, world, interrupt, start_id, config.engine.watchdog_seconds) as watchdog:
-            return _train(config, folder, world, interrupt, watchdog)
+        with ExitStack() as stack:
+            with interrupt.at_once():
+                group = process_group(config.engine.timeout_minutes, config.engine.join_seconds)
+                world = stack.enter_context(group)
+                world.on_first(lambda: folder.enter(config.resume, config.overwrite))
+                start_id = world.from_first(uuid.uuid4().hex)
+            watchdog = Watchdog(folder, world, interrupt, start_id, config.engine.watchdog_seconds)
+            return _train(config, folder, world, interrupt, stack.enter_context(watchdog))
     except StopRequested:
-        if distributed.is_first():
+        if is_first():
             print(f"stopped ({interrupt.reason}); {_how_to_go_on(config)}.", file=sys.stderr)
         return EXIT_PREEMPTED
     except KeyboardInterrupt:
-        if distributed.is_first():
+        if is_first():
             print(
                 f"stopped at once (SIGINT twice), saving nothing; {_how_to_go_on(config)} from the last "
                 "checkpoint.",
@@ -98,7 +99,6 @@ def train(config: TrainConfig, interrupt: Interrupt) -> int:
     finally:
         folder.unlock()
         interrupt.close()
-        distributed.stop()
 
 
 def _how_to_go_on(config: TrainConfig) -> str:
@@ -251,7 +251,7 @@ class Trainer:
         if problems:
             raise DataError(problems[0])
 
-    @contextlib.contextmanager
+    @contextmanager
     def _told_later(self) -> Iterator[None]:
         """Keep an error of this rank alone until all ranks agree on it."""
         try:
@@ -325,7 +325,7 @@ class Trainer:
         self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
         self.timed_squares = 0  # squared lengths of this rank's documents
 
-    @contextlib.contextmanager
+    @contextmanager
     def _first_compilation(self) -> Iterator[Callable[[], None]]:
         """Time for blocks to compile in the first step; gives what to call as a step gets on.
 
@@ -338,7 +338,7 @@ class Trainer:
         progress = partial(self.watchdog.progress, step, phase, limit_seconds)
         progress()
         loses_nothing = compiling and step == self.saved_step
-        with self.interrupt.at_once() if loses_nothing else contextlib.nullcontext():
+        with self.interrupt.at_once() if loses_nothing else nullcontext():
             yield progress
 
     def _is_spike(self, result: StepResult) -> bool:
