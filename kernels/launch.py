@@ -35,7 +35,7 @@ class Launch:
     dk_dv: Warps | None = None  # None: dk and dv in a walk each, where one state and both outputs don't fit
     states: Warps | None = None  # of segment states, STATE_BLOCK value columns a program; None: as the walk
     split_weights: bool = False  # in bf16: add rows to the state twice, which rounds less: see add_rows
-    gluon: bool = False  # the walks of hopper_kernels.py, where they support the shape
+    gluon: bool = False  # the walks of hopper_lightning.py, where they support the shape
 
 
 # Largest padded head dim -> launch, for 16-bit inputs. Registers and spills of each are in docs/kernels.md.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from kernels import chunked, reference
+from kernels import reference, torch_lightning
 from kernels.launch import num_segments
 from kernels.reference import compute_dtype, without_autocast
 
@@ -222,10 +222,10 @@ def choose_backend(backend: str, q: Tensor) -> str:
 def _implementation(backend: str):
     """The module that computes; Triton is imported on first use only."""
     if backend == "torch":
-        return chunked
-    from kernels import triton_kernels
+        return torch_lightning
+    from kernels import triton_lightning
 
-    return triton_kernels
+    return triton_lightning
 
 
 def _state_shapes(

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import padded
-from kernels.triton_kernels import (
+from kernels.triton_lightning import (
     LOG2_E,
     aligned_rows,
     allocate_descriptors,

@@ -85,7 +85,7 @@ def time_candidate(config: TuneConfig, candidate: dict) -> dict:
         "walk": _warps(candidate["walk"]),
         "dk_dv": _warps(candidate["dk_dv"]),
         "split_weights": candidate["split"],
-        "gluon": False,  # hopper_kernels.py takes no such choices
+        "gluon": False,  # hopper_lightning.py takes no such choices
     }
     if candidate["segments"]:
         choices["segments"] = candidate["segments"]

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from kernels import hopper_kernels, launch, triton_kernels as kernels
+from kernels import hopper_lightning, launch, triton_lightning as kernels
 
 FP32 = {"slopes", "initial_state", "final_state", "segment_states", "parts", "grad_final", "grad_initial",
         "segment_grads"}
@@ -60,13 +60,13 @@ def sizes(table_launch, dim, arch, dtype):
 
 
 def descriptor_type(columns):
-    block = [1, 1, hopper_kernels.CHUNK, columns]
+    block = [1, 1, hopper_lightning.CHUNK, columns]
     return f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
 
 
 def hopper_shared_kb(kernel, **constants):
     names = kernel.arg_names
-    dim = hopper_kernels.HEAD_DIM
+    dim = hopper_lightning.HEAD_DIM
     signature = {n: "constexpr" if n in constants else argument_type(n, "bf16") for n in names}
     signature |= {n: descriptor_type(dim // 2 if n == "d_o" else dim) for n in names if n.startswith("d_")}
     signature["num_tasks"] = "i32"
@@ -89,7 +89,7 @@ if 90 in compiled_archs:
     for kernel, size in sizes(launch._FP32[128], 128, 90, "fp32"):
         print(json.dumps([90, f"{kernel} fp32 128", size]))
     for kernel, choices in (("walk", {"TRANSPOSED": True, "STAGES": 3}), ("dk_dv", {"STAGES": 2})):
-        size = hopper_shared_kb(getattr(hopper_kernels, kernel + "_kernel"), **choices)
+        size = hopper_shared_kb(getattr(hopper_lightning, kernel + "_kernel"), **choices)
         print(json.dumps([90, f"Gluon {kernel}", size]))
 """
 

@@ -158,9 +158,9 @@ def test_repeats_give_the_same_bits():
 
 
 def test_a_new_shape_of_the_batch_does_not_recompile():
-    from kernels import hopper_kernels, triton_kernels
+    from kernels import hopper_lightning, triton_lightning
 
-    modules = (hopper_kernels, triton_kernels)
+    modules = (hopper_lightning, triton_lightning)
     kernels = [getattr(module, name) for module in modules for name in ("walk_kernel", "dk_dv_kernel")]
 
     def compiled():

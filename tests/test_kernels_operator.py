@@ -5,7 +5,7 @@ import torch
 from kernel_helpers import DEVICE, TOLERANCE, make_inputs, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import chunked, lightning_attention, lightning_attention_step, reference
+from kernels import lightning_attention, lightning_attention_step, reference, torch_lightning
 from kernels.launch import Warps, force
 from kernels.quadratic import quadratic_attention
 
@@ -227,10 +227,10 @@ def test_prefill_and_steps_equal_one_pass(backend):
 
 
 def test_triton_step_equals_the_definition():
-    from kernels import triton_kernels
+    from kernels import triton_lightning
 
     (q, k, v, state, *_), slopes = make_inputs(2, 1, 3, 24, 200)
-    o, new = triton_kernels.step(q[:, 0], k[:, 0], v[:, 0], slopes, state)
+    o, new = triton_lightning.step(q[:, 0], k[:, 0], v[:, 0], slopes, state)
     truth = reference.recurrent(q.double(), k.double(), v.double(), slopes, state.double())
     assert_close([o[:, None], new], truth)
 
@@ -300,7 +300,7 @@ def test_torch_backend_is_linear_in_memory_and_loops_over_neither_tokens_nor_doc
     for cu_seqlens in (None, bounds):
         o = torch.empty_like(v)
         with _Operations() as operations:
-            chunked.forward(q, k, v, slopes, None, cu_seqlens, o, None, None)
+            torch_lightning.forward(q, k, v, slopes, None, cu_seqlens, o, None, None)
         assert operations.largest <= 16 * N * D
         assert operations.count <= 16_000  # a loop over 1,000 documents takes over 100 for each
 

@@ -445,10 +445,10 @@ class _Call:
         self.launch = choose_launch(q.dtype, max(q.shape[3], v.shape[3]), q.device)
         self.hopper = None
         if self.launch.gluon:
-            from kernels import hopper_kernels  # only here: the module needs a Triton with Gluon
+            from kernels import hopper_lightning  # only here: the module needs a Triton with Gluon
 
-            if self.launch.chunk == hopper_kernels.CHUNK and hopper_kernels.supports(q, v):
-                self.hopper = hopper_kernels
+            if self.launch.chunk == hopper_lightning.CHUNK and hopper_lightning.supports(q, v):
+                self.hopper = hopper_lightning
         triton.set_allocator(allocate_descriptors)  # each thread has its own, so autograd's needs it too
 
     def _blocks(self, k: Tensor, v: Tensor, value_block: int, warps: Warps) -> dict:

@@ -1,4 +1,4 @@
-"""The walks of kernels/triton_kernels.py for Hopper, 16-bit inputs and head dims of 128, written in Gluon.
+"""The walks of kernels/triton_lightning.py for Hopper, 16-bit inputs and head dims of 128, written in Gluon.
 
 What plain Triton leaves to the compiler is said here: one warp of a program moves rows into a ring in shared
 memory (TMA), two groups of four warps compute, and the three meet at barriers in shared memory. There are no
@@ -6,7 +6,7 @@ more programs than multiprocessors. Each takes (sequence, segment, head) tasks i
 the next one start while the last is being computed.
 
 Rows past a sequence's end are cut off by the copy engine, in packed documents too: see describe_rows. Names,
-shapes and the scheme of a walk are those of kernels/triton_kernels.py; derivation in docs/kernels.md.
+shapes and the scheme of a walk are those of kernels/triton_lightning.py; derivation in docs/kernels.md.
 """
 
 import functools
@@ -134,7 +134,7 @@ def start_product(a, b, M: gl.constexpr, N: gl.constexpr, layout: gl.constexpr):
 def start_adding_rows(state, a, b, decay, weight, scale, kept, layout: gl.constexpr, SPLIT: gl.constexpr):
     """decay · state + Σ_i (weight_i / scale) a_iᵀ b_i; a [C, rows of the state], b [C, its columns], shared.
 
-    SPLIT as in add_rows of kernels/triton_kernels.py, where `kept` is 1. A chunk with rows of other packed
+    SPLIT as in add_rows of kernels/triton_lightning.py, where `kept` is 1. A chunk with rows of other packed
     sequences has 0: their sum, which may be much larger, is dropped again, with the state, whose decay is 0
     there, and the rows are added with their whole weight.
     """
@@ -299,7 +299,7 @@ def walk_kernel(
     d_q, d_k, d_v, d_o, slopes, initial_state, final_state, segment_states, cu_seqlens, starts,
     N, P, H, num_tasks, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """walk_kernel of kernels/triton_kernels.py, forwards."""
+    """walk_kernel of kernels/triton_lightning.py, forwards."""
     C: gl.constexpr = d_q.block_type.shape[2]
     D: gl.constexpr = d_q.block_type.shape[3]
     dtype: gl.constexpr = d_q.dtype
@@ -420,7 +420,7 @@ def dk_dv_kernel(
     d_q, d_k, d_v, d_do, d_dk, d_dv, slopes, grad_final, grad_initial, segment_grads, cu_seqlens, starts,
     N, P, H, num_tasks, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dk_dv_kernel of kernels/triton_kernels.py."""
+    """dk_dv_kernel of kernels/triton_lightning.py."""
     C: gl.constexpr = d_q.block_type.shape[2]
     D: gl.constexpr = d_q.block_type.shape[3]
     dtype: gl.constexpr = d_q.dtype
