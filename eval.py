@@ -32,12 +32,11 @@ What has been scored before is not scored again.
 from __future__ import annotations
 
 import signal
-import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports, which take seconds: no traceback
 
-from training.command import run_command
+from training.command import command_line, run_command
 from training.evaluate_checkpoints import EvalConfig, evaluate_checkpoints
 
 IMPLIED_GROUPS = {"data": "text", "tokenizer": "file"}
@@ -55,5 +54,5 @@ def with_implied_groups(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = with_implied_groups(sys.argv[1:])
-    run_command(evaluate_checkpoints, EvalConfig, __doc__, "eval")
+    settings = with_implied_groups(command_line())
+    run_command(evaluate_checkpoints, EvalConfig, __doc__, "eval", settings)

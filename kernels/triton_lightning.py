@@ -279,7 +279,7 @@ def segment_state_kernel(
 
     Chunks out of range (rows_in_range) are not read, nor those of other sequences than the one at the
     segment's end (in reverse the one that comes from before it; its last row + 1 is in `ends`). The others
-    are shared out evenly, so that heads that reach far back are no slower.
+    are shared out evenly, so that heads that reach far back take no longer.
     """
     i_seq, i_part, i_h, i_v = program_indices((P - 1) * T, H, tl.cdiv(Dv, BV))
     i_p = i_part // T

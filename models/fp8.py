@@ -2,7 +2,7 @@
 
 Each operand is scaled by its largest magnitude, found anew at every product, and rounded: weights and inputs
 to e4m3 (3 bits of mantissa), gradients to e5m2 (2 bits and more range). Sums are fp32, results bf16. The
-head, the embedding and all that is no matrix product stay as they are; so does evaluation.
+head, the embedding and everything that is not a matrix product stay as they are; so does evaluation.
 Shapes: T tokens, K input and M output features.
 """
 

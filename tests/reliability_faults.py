@@ -323,7 +323,7 @@ def bad_batch(batches: list[int], rise: float) -> None:
     step = loop.Trainer._step
 
     def patched(self, *arguments):
-        batch = self.state.batch
+        batch = self.state.data_step
         result = step(self, *arguments)
         result.loss += rise * (batch in batches)
         return result
@@ -337,7 +337,7 @@ def record_batches(folder: str) -> None:
     step = loop.Trainer._step
 
     def patched(self, *arguments):
-        batches.append(self.state.batch)
+        batches.append(self.state.data_step)
         Path(f"{folder}/batches{self.world.rank}").write_text(json.dumps(batches))
         return step(self, *arguments)
 

@@ -706,7 +706,7 @@ def test_of_a_pickle_only_tensors_are_made(published):
     )
     assert "holds other objects than tensors" in refusal(published)
     torch.save({"a": 1}, file)
-    assert "a is no tensor" in refusal(published)
+    assert "a is not a tensor" in refusal(published)
     torch.save([torch.ones(2)], file)
     assert "must hold a dictionary of tensors, not list" in refusal(published)
     file.write_bytes(pickle.dumps({"a": 1}))

@@ -307,7 +307,7 @@ def test_torch_backend_is_linear_in_memory_and_loops_over_neither_tokens_nor_doc
 
 @pytest.mark.parametrize("misplaced", range(3))
 def test_inputs_may_begin_anywhere(misplaced):
-    """A contiguous tensor whose first element is no multiple of 16 bytes can't be moved as it lies."""
+    """TMA can't load a contiguous tensor that does not begin at a multiple of 16 bytes."""
     tensors, slopes = make_inputs(1, 20, 2, 16, 16)
     shifted = [torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x) for x in tensors[:3]]
     assert shifted[0].is_contiguous()

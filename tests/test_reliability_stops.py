@@ -283,7 +283,7 @@ def stand_still(text: Path, folder: Path, rank: int, fault: str, phase: str, sec
     assert None not in codes, "a rank hangs"
     assert 0 not in codes
     log = (run_dir / "train.log").read_text()
-    report = log[log.index(f"no rank has got on for {seconds} s") :]
+    report = log[log.index(f"no rank has made progress for {seconds} s") :]
     for each in range(2):
         assert f"rank {each}: process {ranks.processes[each].pid}" in report, report
     assert report.count("trainer.run()") == 2, report  # a Python stack of each
@@ -361,4 +361,4 @@ def test_one_rank_out_of_memory_ends_all(text, tmp_path):
     ranks = train(text, tmp_path / "run", "max_steps=9", num_ranks=2, faults=faults)
     assert ranks.wait(STOP_SECONDS) == [1, 2], ranks.stderr()
     assert "error: out of memory on rank 1 (" in ranks.stderr(1)
-    assert "is gone, last seen at step 1, training step" in ranks.stderr(0)
+    assert "is gone, last seen at step " in ranks.stderr(0)

@@ -10,7 +10,7 @@ from models.config import ModelConfig
 from training import plots
 from training.config import TrainConfig, compose, flatten, load_saved_config, override, save_config
 from training.errors import SettingError
-from training.evaluation_results import told_apart
+from training.evaluation_results import with_unique_data_names
 from training.report import fenced, write_run_report
 from training.run_folder import RunFolder
 
@@ -196,8 +196,10 @@ def test_fence_is_longer_than_the_text_s():
     assert fenced("````") == "`````text\n````\n`````"
 
 
-def test_different_data_of_one_name_are_told_apart():
+def test_different_data_of_one_name_get_unique_names():
     same = [{"data": "text", "data_fingerprint": "0" * 40, "step": step} for step in (1, 2)]
     other = {"data": "text", "data_fingerprint": "1" * 40, "step": 2}
-    assert told_apart(same) == same
-    assert [e["data"] for e in told_apart([*same, other])] == ["text (00000000)"] * 2 + ["text (11111111)"]
+    assert with_unique_data_names(same) == same
+    assert [e["data"] for e in with_unique_data_names([*same, other])] == ["text (00000000)"] * 2 + [
+        "text (11111111)"
+    ]

@@ -180,7 +180,7 @@ def test_with_every_checkpoint_damaged_two_lines_say_what_to_do(text, tmp_path):
         (folder / "manifest.sha256").unlink()
     result = run(["train.py", *settings(text, run_dir, *more)])
     assert result.returncode == 2
-    assert "step_00000002 is no complete checkpoint" in result.stderr
+    assert "step_00000002 is not a complete checkpoint" in result.stderr
     assert "resume=never overwrite=true" in result.stderr
     assert len(result.stderr.strip().splitlines()) <= 2
 

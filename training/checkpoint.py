@@ -297,7 +297,7 @@ def open_checkpoint(folder: Path, verify: bool = True, share: tuple[int, int] = 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST_HASH).exists():
-        raise CheckpointError(f"{folder} is no complete checkpoint: {MANIFEST_HASH} is missing.")
+        raise CheckpointError(f"{folder} is not a complete checkpoint: {MANIFEST_HASH} is missing.")
     expected = read_limited(folder / MANIFEST_HASH, SMALL_FILE_BYTES)
     content = read_limited(folder / MANIFEST, MANIFEST_LIMIT_BYTES)
     if _hash_line(content) != expected:
@@ -316,7 +316,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _check_file(folder: Path, name: str, expected_bytes: int) -> None:
     """A regular file inside the checkpoint, of a kind that belongs there, through no link, of that size."""
     if not _is_weights(name) and not SMALL_FILE.fullmatch(name):
-        raise CheckpointError(f"{folder / MANIFEST} names the file {name[:80]!r}, which is none of ours.")
+        raise CheckpointError(
+            f"{folder / MANIFEST} lists {name[:80]!r}, which does not belong in a checkpoint."
+        )
     path = folder / name
     descriptor = open_regular(path)
     size = os.fstat(descriptor).st_size
@@ -344,7 +346,7 @@ def _index(folder: Path, manifest: dict[str, Any]) -> Checkpoint:
                 piece = stored.get_slice(key)
                 match = FRAGMENT_KEY.fullmatch(key)
                 if match is None or piece.get_dtype() != "F32" or len(piece.get_shape()) != 1:
-                    raise CheckpointError(f"{folder / file}: {key[:80]} is no row of fp32 numbers.")
+                    raise CheckpointError(f"{folder / file}: {key[:80]} is not a 1-D fp32 tensor.")
                 kind, name, start = match.groups()
                 fragment = (int(start), piece.get_shape()[0], file, key)
                 checkpoint.fragments.setdefault((kind, name), []).append(fragment)

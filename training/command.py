@@ -22,9 +22,13 @@ from training.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, SettingError
 
 
 def run_command(
-    main: Callable[[Any], int | None], schema: type, description: str, config_name: str | None = None
+    main: Callable[[Any], int | None],
+    schema: type,
+    description: str,
+    config_name: str | None = None,
+    arguments: list[str] | None = None,
 ) -> None:
-    """Entry of a command: settings from the command line, `main(settings)`, exit code.
+    """Entry of a command: settings from `arguments` (the command line's), `main(settings)`, exit code.
 
     Prints help for --help, and for a user's error its text alone on stderr with exit code 2.
     """
@@ -32,7 +36,7 @@ def run_command(
         sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal has no such character
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a command sets it while it imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    arguments = command_line()
+    arguments = command_line() if arguments is None else arguments
     try:
         if "--help" in arguments or "-h" in arguments:
             with reader_may_leave():
@@ -52,7 +56,7 @@ def run_command(
             )
         )
     except KeyboardInterrupt:
-        print(file=sys.stderr)  # what a terminal shows of Ctrl-C, or what was being written, is no whole line
+        print(file=sys.stderr)  # the ^C of a terminal, or what was being written, leaves the line open
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(code or 0)
 
@@ -80,7 +84,7 @@ def command_line() -> list[str]:
 
 @contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """Around printing whose reader may have seen enough, as `head` has: that ends it without a word.
+    """End quietly when the reader of what is printed has left, as `head` does.
 
     Raises:
         SettingError: what is printed goes to a file, and its disk is full.

@@ -1,4 +1,4 @@
-"""The only place that trains: a model under DeepSpeed ZeRO 0–3, one optimizer step a call.
+"""Training under DeepSpeed ZeRO 0–3, one optimizer step per call.
 
 Precision, at every stage: fp32 master weights, moments, gradient accumulation and reduction; weights and
 activations in bf16, or in fp32 with `engine.precision=fp32`. DeepSpeed's stages 1–3 keep bf16 weights beside
@@ -83,7 +83,7 @@ class Engine:
 
     Args:
         model: on the CPU or this rank's device, fp32.
-        accumulation_steps: micro-steps per optimizer step, for DeepSpeed's books.
+        accumulation_steps: micro-steps per optimizer step, passed to DeepSpeed, which counts them.
         micro_batch_size: sequences per micro-step on this rank.
     """
 
@@ -289,13 +289,13 @@ class Engine:
         if self.stage > 0:
             torch.distributed.all_reduce(squares)
         norm = math.sqrt(squares.item())
-        self._tell_norm(norm)
+        self._set_deepspeed_norm(norm)
         if 0 < self.config.optim.grad_clip < norm < math.inf:
             torch._foreach_mul_(gradients, self.config.optim.grad_clip / norm)
         return norm
 
-    def _tell_norm(self, norm: float) -> None:
-        """Spare DeepSpeed the measuring, a few hundred small kernels that the GPU would wait for.
+    def _set_deepspeed_norm(self, norm: float) -> None:
+        """Hand DeepSpeed the norm: computing its own takes hundreds of small kernels that the GPU waits for.
 
         Its stage 1 in bf16 would also measure gradients that are not all summed.
         """
@@ -467,7 +467,7 @@ def deepspeed_config(config: TrainConfig, micro_batch_size: int, accumulation_st
     engine = config.engine
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.zero_stage == 2 and engine.precision == "bf16" and not engine.offloads:
-        zero["compute_grad_norm"] = False  # Engine._tell_norm
+        zero["compute_grad_norm"] = False  # Engine._set_deepspeed_norm
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if engine.offload_parameters:

@@ -1,4 +1,4 @@
-"""The error that is the user's to mend, and the exit codes of commands."""
+"""The error that a user can fix, and the exit codes of commands."""
 
 from data.errors import SettingError as SettingError
 

@@ -41,11 +41,13 @@ def read_evaluations(folder: RunFolder) -> tuple[list[dict[str, Any]], list[str]
     """
     read = {path.name: read_evaluation(path) for path in sorted(folder.evaluations.glob("*.json"))}
     unreadable = [name for name, evaluation in read.items() if evaluation is None]
-    return told_apart([evaluation for evaluation in read.values() if evaluation is not None]), unreadable
+    return with_unique_data_names(
+        [evaluation for evaluation in read.values() if evaluation is not None]
+    ), unreadable
 
 
 def read_evaluation(path: Path) -> dict[str, Any] | None:
-    """What eval.py wrote, optional numbers null where they are missing; None if it is no such file."""
+    """What eval.py wrote, optional numbers null where they are missing; None if it is another file."""
     try:
         evaluation = read_json_object(path, LIMIT_BYTES)
         results = [dict.fromkeys(OPTIONAL_NUMBERS) | result for result in evaluation["results"]]
@@ -73,8 +75,8 @@ def _is_evaluation(evaluation: dict[str, Any]) -> bool:
     )
 
 
-def told_apart(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same, where different data of one name have a part of their fingerprint in it."""
+def with_unique_data_names(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Evaluations whose data names also hold a part of the fingerprint where different data share a name."""
     known: dict[str, set[Any]] = {}
     for evaluation in evaluations:
         known.setdefault(evaluation["data"], set()).add(evaluation.get("data_fingerprint"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import get_type_hints
 
 from data.config import DataConfig, TokenizerConfig
 from data.prepare import PreparedData, find_prepared, prepare
@@ -101,9 +102,9 @@ def _training_data(saved: SavedModel) -> tuple[DataConfig, TokenizerConfig]:
         settings = saved.settings
         data, tokenizer = DataConfig(**settings["data"]), TokenizerConfig(**settings["tokenizer"])
         for section in (data, tokenizer):
-            for f in fields(section):
-                if not isinstance(value := getattr(section, f.name), f.type):  # type: ignore[arg-type]
-                    raise TypeError(f"{f.name} is {str(value)[:40]!r}")
+            for name, kind in get_type_hints(type(section)).items():
+                if not isinstance(value := getattr(section, name), kind):
+                    raise TypeError(f"{name} is {str(value)[:40]!r}")
         return data, tokenizer
     except (KeyError, TypeError) as error:
         raise SettingError(f"{saved.path / 'config.yaml'}: no data settings ({error}).") from None

@@ -15,7 +15,7 @@ class Gpu:
     memory_gib: float
 
 
-GPUS = (  # the first whose words are in a name is meant
+GPUS = (  # the first whose words are all in a name matches
     Gpu("B200", 2250e12, 178.0),
     Gpu("H200", 989e12, 139.8),
     Gpu("H100 PCIe", 756e12, 79.1),

@@ -2,7 +2,7 @@
 
 Every text begins with BOS, also one whose first tokens are cut off. A rolling log-likelihood is that of
 eval.py: disjoint windows, and EOS is scored. Only scripts/lm_eval_tasks.py imports this file, since lm_eval
-is no requirement of this repository.
+is not a requirement of this repository.
 """
 
 from __future__ import annotations

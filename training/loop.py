@@ -50,7 +50,7 @@ from training.state import saved_state
 from training.watchdog import Watchdog
 
 DATA_POLL_SECONDS = 0.5
-MAX_ROLLBACKS = 3  # from one checkpoint: a spike that comes back with other batches is no bad batch
+MAX_ROLLBACKS = 3  # from one checkpoint: a spike that comes back with other batches is not due to a bad batch
 
 
 class Stopped(Exception):
@@ -196,7 +196,7 @@ class Trainer:
                 return self._give_up(
                     f"{self.state.skipped_in_row} steps in a row had a gradient that is not finite"
                 )
-        with self._told_later():
+        with self._defer_errors():
             if self.world.is_first:
                 write_run_report(self.folder)
                 self._say(f"done: {self.folder.report}")
@@ -252,7 +252,7 @@ class Trainer:
             raise DataError(problems[0])
 
     @contextmanager
-    def _told_later(self) -> Iterator[None]:
+    def _defer_errors(self) -> Iterator[None]:
         """Keep an error of this rank alone until all ranks agree on it."""
         try:
             yield
@@ -262,28 +262,28 @@ class Trainer:
     def _batches(self) -> Iterator[tuple[list[Batch], int]]:
         """For each step to come, this rank's micro-batches and the scored tokens over all ranks."""
         micro_batch_size, world = self.state.micro_batch_size, self.world
-        first, last = self.state.batch, self.config.max_steps + self.state.passed_over_batches
-        for batch in range(first, last):
-            first_sequence, last_sequence = self.loader.sequences(batch)
-            seq_len = self._seq_len(batch)
+        first, last = self.state.data_step, self.config.max_steps + self.state.passed_over_batches
+        for data_step in range(first, last):
+            first_sequence, last_sequence = self.loader.sequences(data_step)
+            seq_len = self._seq_len(data_step)
             batches = [
-                self.loader.batch(batch, world.rank, world.size, micro_step, micro_batch_size)
+                self.loader.batch(data_step, world.rank, world.size, micro_step, micro_batch_size)
                 for micro_step in range((last_sequence - first_sequence) // world.size // micro_batch_size)
             ]
             if seq_len < self.config.seq_len:
                 batches = [shorten(micro_batch, seq_len) for micro_batch in batches]
-            yield batches, self.loader.num_targets(batch)
+            yield batches, self.loader.num_targets(data_step)
 
-    def _seq_len(self, batch: int) -> int:
-        """Tokens of a sequence in that batch, which the schedule's ramp may hold below `seq_len`."""
+    def _seq_len(self, data_step: int) -> int:
+        """Tokens of a sequence in that step's batches, which the schedule's ramp may hold below `seq_len`."""
         schedule = self.config.schedule
-        return ramped(schedule, schedule.ramp_seq_len, self.config.seq_len, batch)
+        return ramped(schedule, schedule.ramp_seq_len, self.config.seq_len, data_step)
 
     def _next(self, steps: Prefetcher) -> tuple[list[Batch], int]:
         """The next step's batches; a request to stop cuts the wait for them short."""
         self.watchdog.progress(self.state.step, "waiting for data")
         item = None
-        with self._told_later():
+        with self._defer_errors():
             while not steps.ready(DATA_POLL_SECONDS) and not self.interrupt.requested:
                 pass
             if steps.ready(0):
@@ -302,7 +302,7 @@ class Trainer:
         measure_layers = config.layer_stats_every > 0 and (state.step + 1) % config.layer_stats_every == 0
         with self._first_compilation() as progress:
             result = self.engine.train_step(batches, num_targets, lr, measure_layers, progress)
-        first_sequence, last_sequence = self.loader.sequences(state.batch)
+        first_sequence, last_sequence = self.loader.sequences(state.data_step)
         num_tokens = (last_sequence - first_sequence) * config.seq_len
         self.timed_seconds += time.perf_counter() - start
         self.timed_tokens += num_tokens
@@ -314,7 +314,7 @@ class Trainer:
         state.skipped_in_row = state.skipped_in_row + 1 if result.skipped else 0
         if result.skipped:
             self._say(f"step {state.step}: the gradient is not finite; weights are left as they were.")
-            starts = self.loader.starts(state.batch - 1).tolist()
+            starts = self.loader.starts(state.data_step - 1).tolist()
             self._write({"step": state.step, "skipped": True, "batch_starts_at_tokens": starts})
         if result.layers:
             self._write({"step": state.step, "tokens": state.tokens, **result.layers})
@@ -327,7 +327,7 @@ class Trainer:
 
     @contextmanager
     def _first_compilation(self) -> Iterator[Callable[[], None]]:
-        """Time for blocks to compile in the first step; gives what to call as a step gets on.
+        """Time for blocks to compile in the first step; yields what to call after each micro-step.
 
         A request to stop ends the process meanwhile, if this step's checkpoint is there.
         """
@@ -370,7 +370,7 @@ class Trainer:
         self.evaluated_step = min(self.evaluated_step, state.step)
         self.sampled_step = min(self.sampled_step, state.step)
         self.num_rollbacks += 1
-        with self._told_later():
+        with self._defer_errors():
             for file in (self.metrics, self.samples):
                 if file is not None:
                     file.drop_after(state.step)
@@ -399,7 +399,7 @@ class Trainer:
         }
         self._start_timing()
         self._write(line)
-        with self._told_later():
+        with self._defer_errors():
             self.console.show(line, config.max_steps, (config.max_steps - state.step) * step_seconds)
 
     def _evaluate(self) -> None:
@@ -463,7 +463,7 @@ class Trainer:
             self._agree()
         text = decode_with(tokenizer.decoder(), sampled)  # decode would drop a continuation's first space
         self.sampled_step = self.state.step
-        with self._told_later():
+        with self._defer_errors():
             if self.samples:
                 self.samples.write({"step": self.state.step, "prompt": config.sample_prompt, "text": text})
         self._say(f"step {self.state.step}: sample {config.sample_prompt + text!r}")
@@ -473,14 +473,14 @@ class Trainer:
         if self.saved_step == self.state.step:
             return
         self.watchdog.progress(self.state.step, "saving")
-        with self._told_later():
+        with self._defer_errors():
             if self.metrics:
                 self.metrics.sync()
         self._check_problems()  # a checkpoint needs its metrics
         path = save_checkpoint(
             self.folder.checkpoints,
             step=self.state.step,
-            fragments=self._getting_on(self.engine.fragments_to_save()),
+            fragments=self._with_heartbeats(self.engine.fragments_to_save()),
             world=self.world,
             write_files=self._write_checkpoint_files,
             state=asdict(self.state),
@@ -491,7 +491,7 @@ class Trainer:
             remove_old(self.folder.checkpoints, self.config.keep_checkpoints, self.state.step)
         self._say(f"step {self.state.step}: saved {path}")
 
-    def _getting_on(self, fragments: Iterator[Fragment]) -> Iterator[Fragment]:
+    def _with_heartbeats(self, fragments: Iterator[Fragment]) -> Iterator[Fragment]:
         """Large checkpoints take longer to write than the watchdog waits: each fragment counts."""
         for fragment in fragments:
             self.watchdog.progress(self.state.step, "saving")
@@ -555,14 +555,14 @@ class Trainer:
         self._say(f"set up in {sum(self.setup_seconds.values()):.0f} s ({parts})")
 
     def _write(self, line: dict[str, Any]) -> None:
-        with self._told_later():
+        with self._defer_errors():
             if self.metrics:
                 self.metrics.write(line)
             if self.wandb:
                 self.wandb.write(line)
 
     def _say(self, text: str) -> None:
-        with self._told_later():
+        with self._defer_errors():
             self.console.say(text)
 
     def close(self) -> None:

@@ -98,18 +98,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of metrics.jsonl or samples.jsonl; a line cut short by a crash is left out.
 
     Raises:
-        DataError: a link, no file, or larger than FILE_LIMIT_BYTES.
+        DataError: a link, not a file, or larger than FILE_LIMIT_BYTES.
     """
     return [line for line, _ in _whole_lines(path)]
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a line is a number that can be counted and drawn with; the file may be anyone's."""
+    """Whether a value of a line is a finite number of plausible size; the file may be anyone's."""
     return type(value) in (int, float) and abs(value) < LARGEST_NUMBER
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Each line that is an object with a step, read and as it stands; one by one: a week has many."""
+    """Each line that is an object with a step, parsed and as it stands; streamed, as there may be many."""
     if not os.path.lexists(path):
         return
     with os.fdopen(open_regular(path), "rb") as file:
@@ -134,7 +134,7 @@ def finite(value: Any) -> Any:
 
 
 class Console:
-    """The run's voice on the first rank: a live bar or plain lines off a terminal; and train.log."""
+    """The first rank's output: a bar on a terminal, lines elsewhere, and train.log."""
 
     def __init__(self, log_path: Path | None, total_steps: int, first_step: int) -> None:
         self._log: Any = None
@@ -156,11 +156,11 @@ class Console:
             self._bar.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr, flush=True)
-        self._write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._write(text)
 
     def _write(self, text: str) -> None:
         with explain_write_errors(self._path):
-            _append(self._log, text)
+            _append(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""
@@ -168,18 +168,19 @@ class Console:
             self._bar.update(step - self._bar.n)
 
     def show(self, line: dict[str, Any], total_steps: int, eta_seconds: float) -> None:
-        """A logged step: in the bar's tail on a terminal, as a line elsewhere."""
+        """A logged step: a line of train.log, on a terminal shown in the bar's tail."""
         mfu = f"  MFU {line['mfu']:.1%}" if line["mfu"] is not None else ""
         speed = f"{line['tokens_per_second']:,.0f} tokens/s{mfu}"
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {line['loss']:.4f}  {speed}")
-            self._write(json.dumps(line) + "\n")
-            return
-        self.say(
+        text = (
             f"step {line['step']}/{total_steps}  loss {line['loss']:.4f}  grad norm {line['grad_norm']:.3f}  "
             f"lr {line['lr']:.2e}  {speed}  {line['peak_memory_gib']:.1f} GiB  "
             f"{duration(eta_seconds)} left"
         )
+        if self._bar is None:
+            self.say(text)
+        else:
+            self._bar.set_postfix_str(f"loss {line['loss']:.4f}  {speed}")
+            self._write(text)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -231,7 +231,7 @@ def _unpickle(file: Path) -> _Unpickled:
         raise CheckpointError(f"{file} must hold a dictionary of tensors, not {type(content).__name__}.")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise CheckpointError(f"{file}: {str(name)[:80]} is no tensor.")
+            raise CheckpointError(f"{file}: {str(name)[:80]} is not a tensor.")
     return _Unpickled(content)
 
 

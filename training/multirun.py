@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 
-from training.config import TrainConfig, compose, split_setting, sweep_points
+from training.config import TrainConfig, compose, override, split_setting, sweep_points
 from training.errors import EXIT_PREEMPTED, SettingError
 
 
@@ -33,7 +33,7 @@ def multirun(arguments: list[str]) -> int:
     for number, (point, run_dir) in enumerate(zip(points, run_dirs, strict=True)):
         os.environ["MULTIRUN_POINT"] = str(number)
         others = [setting for setting in point if not setting.startswith("run_dir=")]
-        code = run_point([sys.executable, sys.argv[0], *others, f"run_dir={run_dir}"])
+        code = run_point([sys.executable, sys.argv[0], *others, override("run_dir", run_dir)])
         first_failure = first_failure or code
         if code == EXIT_PREEMPTED:
             break

@@ -31,7 +31,7 @@ class Process:
     started: int
 
     def is_running(self) -> bool:
-        """Whether it still exists and is no zombie."""
+        """Whether it still exists and is not a zombie."""
         if not PROC.exists():
             return True
         status = _status(self.pid)
@@ -78,7 +78,7 @@ def lost_launcher(above: list[Process]) -> str | None:
     """The launcher that has ended before this process could look, or None; `above`: `launchers()`.
 
     torchrun starts ranks itself; `deepspeed` starts launch.py, in its own process group, and that starts
-    them. Who has lost its parent is a child of process 1, which in a container may be the launcher itself.
+    them. An orphan is reparented to process 1, which in a container may be the launcher itself.
     """
     top = above[-1].pid if above else os.getpid()
     status = _status(top)

@@ -220,8 +220,8 @@ def _make_model(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint 
 def _initial_state(config: TrainConfig, checkpoint: Checkpoint | None, world: World) -> RunState:
     saved = saved_state(checkpoint) if checkpoint is not None else None
     previous = saved.micro_batch_size if saved else None
-    batch = saved.batch if saved else 0
-    resolve = partial(resolve_micro_batch, config, world.size, world.device, previous, batch)
+    data_step = saved.data_step if saved else 0
+    resolve = partial(resolve_micro_batch, config, world.size, world.device, previous, data_step)
     micro_batch_size = min(world.gather(world.on_all(resolve)))  # GPUs may differ
     if saved is None:
         return RunState(micro_batch_size, world.from_first(uuid.uuid4().hex[:12]))

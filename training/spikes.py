@@ -13,7 +13,7 @@ from statistics import median
 WINDOW_STEPS = 64
 MIN_STEPS = 16  # fewer losses than this say nothing about their spread
 NUM_DEVIATIONS = 8.0
-MIN_RISE_NATS = 0.3  # a smaller rise is no spike, however quiet the run has been
+MIN_RISE_NATS = 0.3  # a smaller rise is not a spike, however quiet the run has been
 
 
 def spike_limit(recent_losses: list[float]) -> float:

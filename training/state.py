@@ -30,8 +30,8 @@ class RunState:
     recent_losses: list[float] = field(default_factory=list)
 
     @property
-    def batch(self) -> int:
-        """Which batch of the data's order the next step trains on."""
+    def data_step(self) -> int:
+        """The next step's place in the order of the data (`TrainLoader.batch`)."""
         return self.step + self.passed_over_batches
 
 

@@ -1,13 +1,13 @@
 """Heartbeats: a rank that dies is noticed in seconds, and one that stands still within a limit, by all.
 
 A thread of every rank writes heartbeats/rank00000.json into the run's folder each second: its process, step
-and phase, how often it has got on, and the Python stack of its main thread. Files need no connection: they
-can be read while a rank is stopped or the network is stuck. Nothing is read while training gets on.
+and phase, a count of its progress, and the Python stack of its main thread. Files need no connection: they
+can be read while a rank is stopped or the network is stuck. Nothing is read while training makes progress.
 
 - A process of this host that is gone while this rank waits: a line names it, and this rank exits with 1.
 - A rank that was asked to stop while nothing was to be saved: this rank is asked too.
-- No rank has got on for `limit_seconds` of training, or for half a minute while a signal holds a rank of
-  this host: one of the live ranks writes step, phase and stack of each to train.log and stderr; all exit
+- No rank has made progress for `limit_seconds` of training, or for half a minute while a signal holds a rank
+  of this host: one of the live ranks writes step, phase and stack of each to train.log and stderr; all exit
   with 1, and those of this host that can't are killed.
 """
 
@@ -36,7 +36,7 @@ from training.processes import Process, pid_space, this_process
 from training.run_folder import RunFolder
 
 POLL_SECONDS = 1.0
-WAITING_SECONDS = 3.0  # a rank that has not got on for so long looks at the others
+WAITING_SECONDS = 3.0  # a rank without progress for so long looks at the others
 GONE_SECONDS = 3.0  # so long may a rank take to fail by itself when another has gone
 FROZEN_SECONDS = 5.0  # a rank without a heartbeat for so long has no running thread
 STOPPED_SECONDS = 30.0  # a rank of this host that a signal holds for so long is not waited for
@@ -72,7 +72,7 @@ class Watchdog:
 
     Args:
         start_id: the same on all ranks of this start, so that files of an earlier one don't count.
-        limit_seconds: of training in which no rank gets on.
+        limit_seconds: of training in which no rank makes progress.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Watchdog:
         self._thread.start()
 
     def progress(self, step: int, phase: str, limit_seconds: float = 0.0) -> None:
-        """The main thread has got on: it is at this step and in this phase of training.
+        """The main thread has made progress: it is at this step and in this phase of training.
 
         Args:
             limit_seconds: how long this phase may take, if that is more than the usual limit.
@@ -171,14 +171,14 @@ class Watchdog:
             if not self._training:
                 continue
             limit_seconds = self._limit_seconds
-            standing_seconds = now - self._progress_at  # it may have got on since
-            if standing_seconds > limit_seconds and not self._others_get_on(now):
+            standing_seconds = now - self._progress_at  # there may be progress since
+            if standing_seconds > limit_seconds and not self._others_make_progress(now):
                 self._report_and_exit(
-                    f"no rank has got on for {limit_seconds:.0f} s: stopping. If a step may take longer, "
-                    "raise engine.watchdog_seconds."
+                    f"no rank has made progress for {limit_seconds:.0f} s: stopping. "
+                    "If a step may take longer, raise engine.watchdog_seconds."
                 )
             if standing_seconds > STOPPED_SECONDS and self._waits_for_a_stopped_rank(now):
-                self._report_and_exit(f"no rank has got on for {STOPPED_SECONDS:.0f} s: stopping.")
+                self._report_and_exit(f"no rank has made progress for {STOPPED_SECONDS:.0f} s: stopping.")
 
     def _write(self) -> None:
         self._beat += 1
@@ -226,7 +226,7 @@ class Watchdog:
             self._say(self._describe(gone))
             os._exit(EXIT_FAILED)
 
-    def _others_get_on(self, now: float) -> bool:
+    def _others_make_progress(self, now: float) -> bool:
         return any(now - peer.progress_at < self._limit_seconds for peer in self._peers.values())
 
     def _waits_for_a_stopped_rank(self, now: float) -> bool:

@@ -32,7 +32,7 @@ class SavedModel:
 
     Attributes:
         path: of the checkpoint, import or export.
-        source: it, opened; its weights are neither read nor verified.
+        source: the opened checkpoint or model folder; its weights are neither read nor verified.
         home: the run folder around it; its own folder if it lies in none.
         step, tokens: of its training; None for an import or export.
         settings: the saved settings of its run; of an import or export, empty.
@@ -65,13 +65,13 @@ class SavedModel:
 
 @dataclass(kw_only=True, slots=True)
 class TrainedModel(SavedModel):
-    """The same with its weights: it can be scored, sampled, exported or trained on."""
+    """A SavedModel with its weights loaded: it can be scored, sampled, exported or trained on."""
 
     model: TransNormer
 
 
 def check_precision(precision: str | None) -> None:
-    """Refuse a precision= that is none."""
+    """Refuse an unknown precision."""
     if precision not in (None, *PRECISIONS):
         raise SettingError(f"precision={precision!r} is unknown. Allowed: {', '.join(PRECISIONS)}, null.")
 
