@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import sources, tokenizer
+from data import tokenizer
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.files import exclusive_lock, explain_write_errors, sync_folder
@@ -38,7 +38,9 @@ from data.shards import (
     remove_notes,
     write_manifest,
 )
-from data.sources import Document, Source
+from data.sources import Source, open_source, open_valid_source
+from data.split import sample_documents, split_documents
+from data.text_files import SUFFIXES, Document
 from data.tokenizer import Tokenizer, load_tokenizer
 
 Log = Callable[[str], None]
@@ -148,7 +150,7 @@ def _given_tokenizer(path: str) -> Tokenizer:
 
 
 def _plan(data: DataConfig, tokenizer_config: TokenizerConfig) -> _Plan:
-    source, valid_source = sources.open_source(data), sources.open_valid_source(data)
+    source, valid_source = open_source(data), open_valid_source(data)
     fixed_tokenizer: Tokenizer | None = None
     tokenizer_settings: dict = {"kind": tokenizer_config.kind}
     if tokenizer_config.kind == "file":
@@ -177,7 +179,7 @@ def _folder(plan: _Plan) -> Path:
 def _label(data: DataConfig) -> str:
     """A short plain name for results: `data.name`, or the source's, or the file's."""
     label = data.name or (Path(data.path).name if data.path else data.source)
-    for suffix in sorted(sources.SUFFIXES, key=len, reverse=True):
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
         label = label.removesuffix(suffix)
     return re.sub(r"[^A-Za-z0-9]+", "_", label).strip("_")[:60] or data.source
 
@@ -309,7 +311,7 @@ def train_tokenizer(source: Source, data: DataConfig, config: TokenizerConfig, l
         documents = _documents(source, None, data)
         return tokenizer.train_characters(document.text for split, document in documents if split == "train")
     started = time.monotonic()
-    texts = sources.sample_documents(source, data, config.training_bytes)
+    texts = sample_documents(source, data, config.training_bytes)
     first = next(texts, None)
     if first is None:
         raise DataError(
@@ -326,10 +328,10 @@ def _documents(
 ) -> Iterator[tuple[str, Document]]:
     """All documents with their split, in the order in which they are stored."""
     if valid_source is None:
-        yield from sources.split_documents(source.read(), 0.0 if data.valid_path else data.valid_fraction)
+        yield from split_documents(source.read(), 0.0 if data.valid_path else data.valid_fraction)
     else:
-        yield from sources.split_documents(source.read(), 0.0)
-        yield from sources.split_documents(valid_source.read(), 1.0)
+        yield from split_documents(source.read(), 0.0)
+        yield from split_documents(valid_source.read(), 1.0)
 
 
 def _write_documents(plan: _Plan, chosen: Tokenizer, writers: dict[str, ShardWriter], log: Log) -> None:
