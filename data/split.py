@@ -16,7 +16,8 @@ from data.text_files import Document
 from data.tokenizer import split_segments
 
 PEEKED_DOCUMENTS = 1_000
-SAMPLED_PIECES = 16  # a document is cut so that at least so many make up a sample
+SAMPLED_PIECES = 16  # documents are cut so that a full sample is made of at least so many pieces
+MAX_UTF8_BYTES = 4  # of a code point
 
 
 def split_documents(documents: Iterable[Document], valid_fraction: float) -> Iterator[tuple[str, Document]]:
@@ -60,7 +61,7 @@ def unit_hash(text: str, purpose: str) -> float:
 
 
 def sample_documents(source: Source, config: DataConfig, budget_bytes: int) -> Iterator[str]:
-    """Training text for a tokenizer: about `budget_bytes` of it, or all where there is less.
+    """Training text for a tokenizer: `budget_bytes` of it, short of a code point at most, or all there is.
 
     The whole source is read once, as preparing it does anyway: a file's size tells too little of the text
     that is compressed or among other fields in it. Of a remote source only what comes first is read. Long
@@ -68,36 +69,36 @@ def sample_documents(source: Source, config: DataConfig, budget_bytes: int) -> I
     """
     valid_fraction = 0.0 if config.valid_path else config.valid_fraction
     documents = split_documents(source.read(), valid_fraction)
-    length = max(budget_bytes // SAMPLED_PIECES, 1)
-    pieces: Iterator[str] = itertools.chain.from_iterable(
-        split_segments(document.text, length) for split, document in documents if split == "train"
+    piece_characters = max(budget_bytes // (SAMPLED_PIECES * MAX_UTF8_BYTES), 1)
+    pieces: Iterator[bytes] = (
+        piece.encode("utf-8")
+        for split, document in documents
+        if split == "train"
+        for piece in split_segments(document.text, piece_characters)
     )
     if source.is_remote:
         pieces = _first_bytes(pieces, budget_bytes)
     draw = random.Random(0)
-    kept: list[tuple[float, int, str]] = []  # a heap, the largest number first: minus it, position, piece
+    kept: list[tuple[float, int, bytes]] = []  # a heap, the largest number first: minus it, position, piece
     kept_bytes = 0
     for position, piece in enumerate(pieces):
         key = -draw.random()
         if kept_bytes >= budget_bytes and key < kept[0][0]:
             continue
         heapq.heappush(kept, (key, position, piece))
-        kept_bytes += _num_bytes(piece)
-        while kept_bytes - _num_bytes(kept[0][2]) >= budget_bytes:
-            kept_bytes -= _num_bytes(heapq.heappop(kept)[2])
+        kept_bytes += len(piece)
+        while kept_bytes - len(kept[0][2]) >= budget_bytes:
+            kept_bytes -= len(heapq.heappop(kept)[2])
     if kept_bytes > budget_bytes:
         key, position, piece = kept[0]
-        kept[0] = (key, position, piece[: budget_bytes - kept_bytes + _num_bytes(piece)])
-    yield from (piece for _, _, piece in sorted(kept, key=lambda item: item[1]))
+        kept[0] = (key, position, piece[: budget_bytes - kept_bytes])
+    for _, _, piece in sorted(kept, key=lambda item: item[1]):
+        yield piece.decode("utf-8", "ignore")  # the piece that is cut may end inside a code point
 
 
-def _first_bytes(pieces: Iterable[str], num_bytes: int) -> Iterator[str]:
+def _first_bytes(pieces: Iterable[bytes], num_bytes: int) -> Iterator[bytes]:
     for piece in pieces:
         yield piece
-        num_bytes -= _num_bytes(piece)
+        num_bytes -= len(piece)
         if num_bytes <= 0:
             return
-
-
-def _num_bytes(text: str) -> int:
-    return len(text.encode("utf-8"))

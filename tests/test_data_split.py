@@ -122,6 +122,18 @@ def test_sample_of_few_large_documents_is_drawn_from_all_of_them(tmp_path, num_d
     assert max(places) - min(places) > 10_000
 
 
+@pytest.mark.parametrize("alphabet", ["天地玄黃宇宙洪荒", "𠀀𠀁𠀂𠀃", "añ天𠀀"])
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_sample_counts_bytes_in_every_script(alphabet, is_remote):
+    text = "".join(random.Random(0).choices(alphabet, k=100_000))
+    source = Source(read=lambda: iter([Document(text, "lone")]), fingerprint="", is_remote=is_remote)
+    for budget in range(20_000, 20_008):
+        sample = list(sample_documents(source, DataConfig(valid_fraction=0.0), budget))
+        assert budget - 4 < len("".join(sample).encode()) <= budget
+        assert max(len(piece.encode()) for piece in sample) <= budget / 16
+        assert all(piece in text for piece in sample)
+
+
 def test_sample_is_never_empty(tmp_path):
     (tmp_path / "a.txt").write_text("abc\n" * 1000)
     config = DataConfig(source="text", path=str(tmp_path), valid_fraction=0.5)
