@@ -5,7 +5,7 @@ inputs (targets are the next tokens) from a start of its own, and visits them in
 depend on (seed, epoch) only, so the sequences of a step are a pure function of (seed, step), whatever the
 number of ranks.
 
-Shapes: M micro_batch_size, L seq_len.
+M micro_batch_size, L seq_len, T tokens of the split.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from data.shards import TokenSplit
 IGNORED_TARGET = -100
 FEISTEL_ROUNDS = 4
 CLOSE_SECONDS = 2.0
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Batch(NamedTuple):
@@ -196,7 +196,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-class Prefetcher(Generic[T]):
+class Prefetcher(Generic[Item]):
     """Iterates over an iterable in a thread that runs up to `depth` items ahead.
 
     An exception of the iterable is raised where its item would have come. Use it as a context manager, or
@@ -205,7 +205,7 @@ class Prefetcher(Generic[T]):
 
     _END = object()
 
-    def __init__(self, iterable: Iterable[T], depth: int):
+    def __init__(self, iterable: Iterable[Item], depth: int):
         self._queue: queue.Queue = queue.Queue(depth)
         self._taken: tuple | None = None  # from the queue, by `ready`, and not yet given out
         self._closed = threading.Event()
@@ -213,7 +213,7 @@ class Prefetcher(Generic[T]):
         self._thread = threading.Thread(target=self._fill, args=(iterable,), name="prefetch", daemon=True)
         self._thread.start()
 
-    def _fill(self, iterable: Iterable[T]) -> None:
+    def _fill(self, iterable: Iterable[Item]) -> None:
         try:
             for item in iterable:
                 if not self._put((item, None)):
@@ -231,7 +231,7 @@ class Prefetcher(Generic[T]):
                 continue
         return False
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Iterator[Item]:
         return self
 
     def ready(self, timeout_seconds: float) -> bool:
@@ -243,7 +243,7 @@ class Prefetcher(Generic[T]):
                 return False
         return True
 
-    def __next__(self) -> T:
+    def __next__(self) -> Item:
         if self._finished:
             raise StopIteration
         item, error = self._taken or self._queue.get()
@@ -261,7 +261,7 @@ class Prefetcher(Generic[T]):
         self._closed.set()
         self._thread.join(CLOSE_SECONDS)  # it may hang in a read from a slow disk
 
-    def __enter__(self) -> "Prefetcher[T]":
+    def __enter__(self) -> "Prefetcher[Item]":
         return self
 
     def __exit__(self, *_) -> None:

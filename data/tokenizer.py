@@ -183,8 +183,8 @@ class SentencePieceTokenizer:
     file_name = "tokenizer.model"
 
     def __init__(self, model: bytes):
-        self._model = model
-        self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.model = model
+        self.processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = processor.vocab_size()
         specials = [i for i in (processor.eos_id(), processor.bos_id()) if i >= 0]
         if not specials:
@@ -195,10 +195,10 @@ class SentencePieceTokenizer:
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._token_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
         first = processor.encode("a", out_type=str)[0]  # no normalizer takes it away, as many do "\n"
-        self._has_dummy_prefix = first.startswith(SPACE_MARK)
+        self.has_dummy_prefix = first.startswith(SPACE_MARK)
 
     def _bytes_of(self, token_id: int) -> bytes:
-        processor = self._processor
+        processor = self.processor
         if processor.is_control(token_id):
             return b""
         if processor.is_unknown(token_id):
@@ -214,21 +214,21 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: list[str], num_threads: int) -> list[np.ndarray]:
         segments, counts = [], []
         for text in texts:
-            parts = [escape_text(text)] if self._has_dummy_prefix else list(split_segments(escape_text(text)))
+            parts = [escape_text(text)] if self.has_dummy_prefix else list(split_segments(escape_text(text)))
             segments += parts
             counts.append(len(parts))
-        encoded = iter(self._processor.encode(segments, num_threads=num_threads))
+        encoded = iter(self.processor.encode(segments, num_threads=num_threads))
         return [np.concatenate([np.array(next(encoded), np.int64) for _ in range(n)]) for n in counts]
 
     def decode(self, ids: Iterable[int]) -> str:
         text = decode_with(self.decoder(), ids)
-        return text.removeprefix(" ") if self._has_dummy_prefix else text
+        return text.removeprefix(" ") if self.has_dummy_prefix else text
 
     def decoder(self) -> Decoder:
         return BytesDecoder(self._token_bytes, escaped=True)
 
     def save(self, folder: Path) -> None:
-        write_atomically(folder / self.file_name, self._model)
+        write_atomically(folder / self.file_name, self.model)
         _write_info(folder, self)
 
 
@@ -251,7 +251,7 @@ class HuggingFaceTokenizer:
         pad_token: str | None = None,
         chat_template: Any = None,
     ):
-        self._model = model
+        self.model = model
         self.chat_template = chat_template
         self.special_tokens = {"bos_token": bos_token or eos_token, "eos_token": eos_token or bos_token}
         self._tokenizer = tokenizer = tokenizers.Tokenizer.from_buffer(model)
@@ -303,7 +303,7 @@ class HuggingFaceTokenizer:
         ids = self._tokenizer.encode("a", add_special_tokens=False).ids
         if self._tokenizer.encode("a").ids == [self.bos_id, *ids]:
             return None
-        content = json.loads(self._model)
+        content = json.loads(self.model)
         bos = self.special_tokens["bos_token"]
         first, second = (
             [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": text, "type_id": i}}]
@@ -323,7 +323,7 @@ class HuggingFaceTokenizer:
         return json.dumps(content, ensure_ascii=False).encode()
 
     def save(self, folder: Path) -> None:
-        write_atomically(folder / self.file_name, self._model)
+        write_atomically(folder / self.file_name, self.model)
         write_json(
             folder / "tokenizer_config.json",
             {"tokenizer_class": "PreTrainedTokenizerFast", **self.roles()},

@@ -61,7 +61,7 @@ def write_tokenizer_json(tokenizer: OurTokenizer, folder: Path) -> None:
         write_json(folder / "tokenizer_config.json", settings | tokenizer.roles())
         changed = tokenizer.with_bos_first()
         if changed is not None:
-            write_atomically(folder / tokenizer.given_file_name, tokenizer._model)
+            write_atomically(folder / tokenizer.given_file_name, tokenizer.model)
             write_atomically(folder / tokenizer.file_name, changed)
         return
     converted, specials = _convert(tokenizer)
@@ -102,7 +102,7 @@ def are_tied(tokenizer: OurTokenizer, ids: list[int], others: list[int]) -> bool
     """Whether these spell one text with the same score in a unigram model, to the precision of its sums."""
     if not isinstance(tokenizer, SentencePieceTokenizer) or _is_bpe(tokenizer):
         return False
-    score, other = (math.fsum(map(tokenizer._processor.get_score, spelling)) for spelling in (ids, others))
+    score, other = (math.fsum(map(tokenizer.processor.get_score, spelling)) for spelling in (ids, others))
     return math.isclose(score, other, rel_tol=1e-6) and tokenizer.decode(ids) == tokenizer.decode(others)
 
 
@@ -110,7 +110,7 @@ def user_defined(tokenizer: OurTokenizer) -> list[str]:
     """The pieces of a SentencePiece model that are cut out of a text before anything else."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return []
-    processor = tokenizer._processor
+    processor = tokenizer.processor
     return [processor.id_to_piece(i) for i, kind in enumerate(_types(processor)) if kind == USER_DEFINED]
 
 
@@ -125,12 +125,12 @@ def _cut_out(tokenizer: SentencePieceTokenizer) -> list[str]:
 
     It would match those with a space before spaces are marked, and put a dummy prefix after each.
     """
-    return [] if tokenizer._has_dummy_prefix else [p for p in user_defined(tokenizer) if SPACE_MARK not in p]
+    return [] if tokenizer.has_dummy_prefix else [p for p in user_defined(tokenizer) if SPACE_MARK not in p]
 
 
 def _text_pieces(tokenizer: SentencePieceTokenizer) -> list[bool]:
     """Of each id, whether its piece is put together from a text."""
-    processor, cut_out = tokenizer._processor, set(_cut_out(tokenizer))
+    processor, cut_out = tokenizer.processor, set(_cut_out(tokenizer))
     return [
         kind == NORMAL or (kind == USER_DEFINED and processor.id_to_piece(i) not in cut_out)
         for i, kind in enumerate(_types(processor))
@@ -139,12 +139,12 @@ def _text_pieces(tokenizer: SentencePieceTokenizer) -> list[bool]:
 
 def _is_bpe(tokenizer: SentencePieceTokenizer) -> bool:
     """BPE scores are minus the merge's rank; unigram scores are log probabilities."""
-    score = tokenizer._processor.get_score
+    score = tokenizer.processor.get_score
     return all(score(i).is_integer() for i, text in enumerate(_text_pieces(tokenizer)) if text)
 
 
 def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Tokenizer, dict[str, str]]:
-    processor = tokenizer._processor
+    processor = tokenizer.processor
     pieces = [processor.id_to_piece(index) for index in range(processor.vocab_size())]
     scores = [processor.get_score(index) for index in range(processor.vocab_size())]
     unk = pieces[processor.unk_id()]
@@ -175,7 +175,7 @@ def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Tokenizer
         decoders.Replace(ESCAPED_SPACE_MARK, SPACE_MARK),
         decoders.Replace(ESCAPED_ESCAPE, ESCAPE),
     ]
-    if tokenizer._has_dummy_prefix:
+    if tokenizer.has_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE_MARK))
         unescape.append(decoders.Strip(" ", 1, 0))
     converted.normalizer = normalizers.Sequence(steps)
