@@ -1,4 +1,4 @@
-"""Errors that a user can mend. The text names what is wrong and where, what is allowed, and what to do."""
+"""Errors that a user can fix. The text names what is wrong and where, what is allowed, and what to do."""
 
 
 class SettingError(ValueError):

@@ -2,8 +2,8 @@
 
 `prepare` may be called by every rank of a job at once: one of them works, the others wait. What is already
 prepared is recognised by the hash of its settings, of its tokenizer and of the names, sizes and modification
-times of its source files, and opened again. A preparation that was killed goes on after its last complete
-shard.
+times of its source files, and opened again. A preparation that was killed continues after its last
+complete shard.
 """
 
 import contextlib
@@ -98,18 +98,16 @@ def prepare_folder(
 
 
 def open_prepared(folder: Path, data: DataConfig, tokenizer_config: TokenizerConfig) -> PreparedData:
-    """Open a folder of prepared data after checking every file in the way `data.verify` says.
+    """Open a folder of prepared data after checking every file as `data.verify` says.
 
-    Its tokenizer is the one in it. DataError where `tokenizer` names another one: a file with another
+    Its tokenizer is the one in it. DataError if `tokenizer` names another one: a file with another
     fingerprint, or the kinds bytes and characters on data of another kind.
     """
     manifest = read_manifest(folder)
     check_files(folder, manifest, data.verify)
     loaded = load_tokenizer(folder)
     if (loaded.fingerprint, loaded.vocab_size) != (manifest.tokenizer_fingerprint, manifest.vocab_size):
-        raise DataError(
-            f"{folder}: its tokenizer is not the one of its {MANIFEST_FILE}, prepare the data again"
-        )
+        raise DataError(f"{folder}: its tokenizer does not match its {MANIFEST_FILE}, prepare the data again")
     if tokenizer_config.kind == "file":
         assert tokenizer_config.path is not None
         asked = _given_tokenizer(tokenizer_config.path)
@@ -186,7 +184,7 @@ def _label(data: DataConfig) -> str:
 
 def _prepare_into(folder: Path, plan: _Plan, log: Log) -> PreparedData:
     if not _is_prepared(folder, plan):
-        if os.path.ismount(folder):  # the finished work is renamed into place, which no mount lets happen
+        if os.path.ismount(folder):  # a folder can't be renamed over a mount point
             raise DataError(f"{folder} is a mount point, which can't be replaced: give a folder inside it")
         lock_path = folder.with_name(f"{folder.name}.lock")
         with explain_write_errors(folder), exclusive_lock(lock_path, log):
@@ -202,7 +200,7 @@ def _open(folder: Path, plan: _Plan) -> PreparedData:
 
 @contextlib.contextmanager
 def _advise_on_cache(folder: Path, plan: _Plan) -> Iterator[None]:
-    """Say of a damaged folder in the cache, which nobody made by hand, how to be rid of it."""
+    """Add to an error about a damaged cache how to remove it."""
     try:
         yield
     except DataError as error:
@@ -231,7 +229,7 @@ def _is_prepared(folder: Path, plan: _Plan) -> bool:
 
 
 def _build(folder: Path, plan: _Plan, log: Log) -> None:
-    """Prepare in a sibling folder that a later call can go on with, and rename it when it is whole."""
+    """Prepare in a sibling folder, which a later call can continue, and rename it when it is complete."""
     work = folder.with_name(f"{folder.name}.{plan.key[:16]}.partial")
     if (work / MANIFEST_FILE).exists():  # a kill came between the manifest and the rename
         _publish(work, folder)
@@ -264,7 +262,7 @@ def _build(folder: Path, plan: _Plan, log: Log) -> None:
         for writer in writers.values():
             writer.close()
         if num_shards := sum(len(writer.notes) for writer in writers.values()):
-            log(f"{num_shards} finished shards stay in {work}: the same command goes on after them")
+            log(f"{num_shards} finished shards stay in {work}: the same command continues after them")
         else:
             shutil.rmtree(work, ignore_errors=True)
         raise
@@ -297,7 +295,7 @@ def _check_counts(writers: dict[str, ShardWriter], plan: _Plan) -> None:
 
 
 def _make_tokenizer(work: Path, plan: _Plan, log: Log) -> Tokenizer:
-    """The tokenizer of the plan, saved in the work folder; one that is already there is taken."""
+    """The tokenizer of the plan, saved in the work folder; one that is already there is used."""
     if (work / tokenizer.INFO_FILE).exists():
         return load_tokenizer(work)
     chosen = plan.fixed_tokenizer or train_tokenizer(plan.source, plan.data, plan.tokenizer_config, log)
@@ -339,7 +337,7 @@ def _write_documents(plan: _Plan, chosen: Tokenizer, writers: dict[str, ShardWri
     num_threads = plan.data.workers or len(os.sched_getaffinity(0))
     to_skip = {split: writer.documents for split, writer in writers.items()}
     if any(to_skip.values()):
-        log(f"going on after {sum(to_skip.values()):,} documents that are already prepared")
+        log(f"continuing after {sum(to_skip.values()):,} documents that are already prepared")
     with _Progress(plan, log) as progress:
         for batch in _batches(_documents(plan.source, plan.valid_source, plan.data)):
             todo = []

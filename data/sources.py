@@ -28,8 +28,8 @@ STDLIB_TESTS = frozenset({"test", "tests", "idle_test"})
 class Source:
     """A readable collection of documents.
 
-    `fingerprint` changes whenever the documents may have changed. What is read of a remote source is
-    downloaded. `left_out` is a line for the user on the files that are not read.
+    `fingerprint` changes whenever the documents may have changed. Reading a remote source
+    downloads it. `left_out` is a line for the user on the files that are not read.
     """
 
     read: Callable[[], Iterator[Document]]
@@ -53,7 +53,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def open_valid_source(config: DataConfig) -> Source | None:
-    """The source of the validation documents where `data.valid_path` gives one of their own."""
+    """The source of the validation documents if `data.valid_path` gives one."""
     if not config.valid_path:
         return None
     return text_source(*list_text_files(config.valid_path, "data.valid_path"), config.text_field)
@@ -115,10 +115,10 @@ def _open_stdlib(include_tests: bool) -> Source:
 
 
 def _open_hub(config: DataConfig, split: str) -> Source:
-    """A data set of the Hugging Face hub, by name; nothing of it is executed.
+    """A data set of the Hugging Face hub, by name; none of its code is executed.
 
-    The fingerprint covers the settings only: pin `data.hub_revision` for data that may change. Where the name
-    is that of a folder here, it covers its files too.
+    The fingerprint covers the settings only: pin `data.hub_revision` for data that may change. If the name
+    is that of a local folder, it covers its files too.
     """
     assert config.name is not None
     settings: list = [config.name, config.hub_config, split, config.hub_revision]
@@ -147,7 +147,7 @@ def _open_hub(config: DataConfig, split: str) -> Source:
         except (*UNREADABLE, ValueError, RuntimeError, DatasetsError) as error:
             if isinstance(error, DataError):
                 raise
-            # a DatasetGenerationError says only that there was one
+            # a DatasetGenerationError only says that there was an error
             cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
             reason = str(cause).splitlines()[0][:160] if str(cause) else type(cause).__name__
             raise DataError(f"data.name={config.name} can't be read from the hub: {reason}") from error

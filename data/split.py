@@ -23,9 +23,9 @@ MAX_UTF8_BYTES = 4  # of a code point
 def split_documents(documents: Iterable[Document], valid_fraction: float) -> Iterator[tuple[str, Document]]:
     """Pair each document with "train" or "valid".
 
-    A document goes where its content's hash sends it, so the split is stable and equal texts stay together.
-    A small source in which chance leaves one side empty gives it the document nearest to the limit; a lone
-    document is cut: the end is for validation. Empty documents are left out.
+    The hash of a document's content decides, so the split is stable and equal texts stay together. If chance
+    leaves one side of a small source empty, it gets the document nearest to the limit; a lone document is
+    cut, and its end is for validation. Empty documents are left out.
     """
     documents = (document for document in documents if document.text and not document.text.isspace())
     peeked = list(itertools.islice(documents, PEEKED_DOCUMENTS))
@@ -63,8 +63,8 @@ def unit_hash(text: str, purpose: str) -> float:
 def sample_documents(source: Source, config: DataConfig, budget_bytes: int) -> Iterator[str]:
     """Training text for a tokenizer: `budget_bytes` of it, short of a code point at most, or all there is.
 
-    The whole source is read once, as preparing it does anyway: a file's size tells too little of the text
-    that is compressed or among other fields in it. Of a remote source only what comes first is read. Long
+    The whole source is read once, as preparing it does anyway: a file's size says too little about text
+    that is compressed or among other fields. Of a remote source only what comes first is read. Long
     documents are cut; each piece draws a number, and those with the smallest fill the budget.
     """
     valid_fraction = 0.0 if config.valid_path else config.valid_fraction

@@ -1,7 +1,7 @@
 """Documents out of text files: .txt, .jsonl and .parquet, compressed or not.
 
 `list_text_files` finds the files, `read_file` decodes one. Text is strict UTF-8 and comes through unchanged:
-no newline is translated. Nothing that is damaged, foreign or too long passes in silence.
+no newline is translated. A damaged or oversized file is an error.
 """
 
 import codecs
@@ -23,29 +23,29 @@ from data.errors import DataError
 COMPRESSIONS = (".gz", ".xz", ".zst")
 TEXT_FORMATS = (".txt", ".jsonl", ".parquet")
 SUFFIXES = tuple(f + c for f in TEXT_FORMATS for c in ("", *COMPRESSIONS))
-OTHER_FORMATS = (".json", ".ndjson", ".csv", ".tsv")  # which nobody means as the text that they are
-ARCHIVES = (".tar", ".tgz", ".txz", ".zip", ".bz2", ".7z", ".rar")  # which are not opened
-MAX_LINE_BYTES = 32 * 2**20  # of a line of .jsonl, so that no archive fills the memory
-MAX_EXPANSION = 32  # a compressed .txt of more than MAX_LINE_BYTES is at most so many times its file
-UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what damaged files raise
-SUFFIXES_SHOWN = 8  # of the kinds of files that are left out
-MISSING = object()  # of a row without the field that holds the text
+OTHER_FORMATS = (".json", ".ndjson", ".csv", ".tsv")  # structured: refused rather than read as plain text
+ARCHIVES = (".tar", ".tgz", ".txz", ".zip", ".bz2", ".7z", ".rar")  # refused: they are not unpacked
+MAX_LINE_BYTES = 32 * 2**20  # of a line of .jsonl, so that a small file can't fill the memory
+MAX_EXPANSION = 32  # how many times its size a compressed file may unpack to, if above MAX_LINE_BYTES
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)  # raised for damaged files
+SUFFIXES_SHOWN = 8  # in the line on files that are left out
+MISSING = object()  # the text of a row that lacks the field
 
 
 class Document(NamedTuple):
-    """One document; `name` says where it came from (file, and line where there are several)."""
+    """One document; `name` says where it came from (the file, and the line if there are several)."""
 
     text: str
     name: str
 
 
 def list_text_files(path: str, key: str) -> tuple[list[Path], str]:
-    """Files named by a file, folder or glob, and a line on those of other kinds, empty where there are none.
+    """Files named by a file, folder or glob, and a line on those of other kinds, empty if there are none.
 
-    DataError where there are none of a known kind, and where some of a folder could not be read.
+    DataError if there are none of a known kind, or if part of a folder can't be read.
     """
     kinds = ", ".join(SUFFIXES)
-    if os.path.isfile(path):  # named by itself it is plain text unless its name says otherwise
+    if os.path.isfile(path):  # named directly: plain text unless its name says otherwise
         if _format_of(Path(path)) in ARCHIVES:
             raise DataError(
                 f"{key}={path}: archives are not opened: unpack it and name the folder; allowed are {kinds}"
@@ -67,7 +67,7 @@ def list_text_files(path: str, key: str) -> tuple[list[Path], str]:
         raise DataError(f"{key}={path}: no file in it ends in one of {kinds}")
     for file in files:
         if not file.is_file():
-            raise DataError(f"{key}={path}: {file} is no file, or a link to none: take it out of there")
+            raise DataError(f"{key}={path}: {file} is not a regular file, or is a broken link: remove it")
         if os.path.isdir(path) and file.is_symlink():
             _check_stays_inside(file, path, key)
     return files, _describe_others(found, path, key)
@@ -85,7 +85,7 @@ def _visible_files(folder: str, key: str) -> list[Path]:
         for link in filter(os.path.islink, (os.path.join(parent, name) for name in folders)):
             raise DataError(
                 f"{key}={folder}: {link} is a linked folder, which is not followed; "
-                "replace it by what it leads to, or name its files by a glob"
+                "replace it with what it leads to, or name its files by a glob"
             )
         files += [Path(parent, name) for name in names if not name.startswith(".")]
     return files
@@ -95,7 +95,7 @@ def _check_stays_inside(file: Path, folder: str, key: str) -> None:
     if not file.resolve().is_relative_to(Path(folder).resolve()):
         raise DataError(
             f"{key}={folder}: {file} is a link out of the folder, which is not followed; "
-            "replace it by what it leads to, or name its files by a glob"
+            "replace it with what it leads to, or name its files by a glob"
         )
 
 
@@ -110,7 +110,7 @@ def _describe_others(found: list[Path], path: str, key: str) -> str:
 
 
 def _format_of(path: Path) -> str:
-    """The suffix in lower case, that of a compression taken off."""
+    """The suffix in lower case, not counting that of a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSIONS), "")
 
@@ -135,7 +135,7 @@ def _open_binary(path: Path) -> io.BufferedIOBase:
     if compression == ".xz":
         return lzma.open(path, "rb")
     if compression == ".zst":
-        import pyarrow  # zstandard's own reader takes a file that is cut off for a shorter one
+        import pyarrow  # zstandard's own reader accepts a truncated file as a shorter one
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path), "rb"), "zstd"))
     return open(path, "rb")
@@ -197,14 +197,16 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
                         check_text(value.as_py(), f"{path} row {number}", text_field), f"{path}:{number}"
                     )
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is no valid .parquet file: {str(error)[:120]}") from None
+        raise DataError(f"{path} is not a valid .parquet file: {str(error)[:120]}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} row {number} is not UTF-8: {error}") from None
 
 
 def check_text(text: object, where: str, text_field: str, fields: Iterable[str] = ()) -> str:
     if text is None:
-        raise DataError(f"{where} is null in the field {text_field!r}: leave such rows out, or empty")
+        raise DataError(
+            f"{where} is null in the field {text_field!r}: leave such rows out, or make them empty"
+        )
     if not isinstance(text, str):
         there = f" of {', '.join(fields)[:200]}" if fields else ""
         raise DataError(
@@ -214,14 +216,14 @@ def check_text(text: object, where: str, text_field: str, fields: Iterable[str] 
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where} holds half a surrogate pair at character {error.start}, no UTF-8 text"
+            f"{where} holds half a surrogate pair at character {error.start}: it is not valid UTF-8"
         ) from None
     return text
 
 
 def _check_length(content: bytes, path: Path, limit_bytes: int) -> None:
     if len(content) > limit_bytes:
-        raise DataError(f"{path} holds a line or compressed text of over {limit_bytes} bytes: cut it up")
+        raise DataError(f"{path} holds a line or compressed text of over {limit_bytes} bytes: split it")
 
 
 def _decode(content: bytes, path: Path, offset: int) -> str:

@@ -125,7 +125,7 @@ def test_fingerprint_follows_the_files(tmp_path):
         ("a.txt.gz", flip_byte(gzip.compress(jsonl(TEXTS))), r"a\.txt\.gz can't be read"),
         ("a.jsonl.xz", lzma.compress(jsonl(TEXTS))[:-12], r"a\.jsonl\.xz can't be read"),
         ("a.txt.zst", b"no zstandard", r"a\.txt\.zst can't be read"),
-        ("a.parquet", b"no parquet", r"a\.parquet is no valid \.parquet file"),
+        ("a.parquet", b"no parquet", r"a\.parquet is not a valid \.parquet file"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
@@ -191,8 +191,8 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
     ("make", "message"),
     [
         (lambda path: path.symlink_to(path.parent.parent), "is a linked folder, which is not followed"),
-        (lambda path: path.symlink_to("nowhere"), "is no file, or a link to none"),
-        (os.mkfifo, "is no file, or a link to none"),
+        (lambda path: path.symlink_to("nowhere"), "is not a regular file, or is a broken link: remove it"),
+        (os.mkfifo, "is not a regular file, or is a broken link: remove it"),
     ],
 )
 def test_no_part_of_a_folder_is_dropped_in_silence(tmp_path, make, message):
