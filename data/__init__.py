@@ -1,1 +1,1 @@
-"""From raw text to batches of tokens: sources, tokenizers, token shards and the deterministic loader."""
+"""From raw text to batches of tokens: sources, split, tokenizers, token shards, deterministic loader."""

@@ -20,13 +20,13 @@ class DataConfig:
     path: str | None = None  # text: file, folder or glob; prepared: folder of shards
     valid_path: str | None = None  # text: validation documents of their own, instead of valid_fraction
     valid_fraction: float = 0.02  # share of the documents, chosen by hash, kept for validation
-    isolate_documents: bool = True  # attention and positions start anew with each document
+    isolate_documents: bool = True  # attention and positions restart at each document
     include_tests: bool = False  # python_stdlib: also the folders of tests
     text_field: str = "text"  # field of .jsonl and .parquet rows that holds the text
     max_documents: int | None = None  # stop reading after this many documents
     hub_config: str | None = None  # hub: name of the data set's configuration
     hub_split: str = "train"
-    hub_revision: str | None = None  # hub: commit or tag; pin it: the cache sees no change behind it
+    hub_revision: str | None = None  # hub: commit or tag; pin it: the cache misses changes on the hub
     hub_streaming: bool = True  # hub: read without downloading the whole set first
     cache_dir: str = ".cache/data"
     workers: int = 0  # threads that tokenize; 0: one per core

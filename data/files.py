@@ -103,7 +103,7 @@ def sync_folder(folder: Path) -> None:
 def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Write a file that is whole or absent: temporary sibling, fsync, rename. `content` may come in parts."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    temporary.unlink(missing_ok=True)  # of a killed process, or a link that someone put there
+    temporary.unlink(missing_ok=True)  # left by a killed process, or a link that someone put there
     try:
         with open(temporary, "xb") as file:
             file.writelines([content] if isinstance(content, bytes) else content)
@@ -117,8 +117,8 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
 
 
 def open_to_others(path: Path) -> None:
-    """Give a file the mode that `open` gives: safetensors leaves its own to their owner alone."""
-    mask = os.umask(0o077)  # which can only be read by setting it
+    """Give a file the mode that `open` gives: safetensors lets only the owner read its own."""
+    mask = os.umask(0o077)  # the mask can only be read by setting it
     os.umask(mask)
     path.chmod(0o666 & ~mask)
 
@@ -134,7 +134,7 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # not of the system's
+        if error.errno is None:  # not raised by the operating system
             raise
         if error.errno in NO_SPACE:
             advice = "free some space or choose another folder, then run the same command again"
@@ -144,7 +144,7 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Hold a lock file, waiting for whoever holds it; the kernel frees that of a dead process at once."""
+    """Hold a lock file, waiting for whoever holds it; the kernel releases that of a dead process at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _try_lock(path)
     if descriptor is None:

@@ -5,7 +5,7 @@ inputs (targets are the next tokens) from a start of its own, and visits them in
 depend on (seed, epoch) only, so the sequences of a step are a pure function of (seed, step), whatever the
 number of ranks.
 
-Shapes: M micro_batch_size, L seq_len.
+M micro_batch_size, L seq_len, T tokens of the split.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from data.shards import TokenSplit
 IGNORED_TARGET = -100
 FEISTEL_ROUNDS = 4
 CLOSE_SECONDS = 2.0
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Batch(NamedTuple):
@@ -39,7 +39,10 @@ class Batch(NamedTuple):
     cu_seqlens: torch.Tensor | None
 
     def sum_of_squared_lengths(self) -> int:
-        """Of its documents, or of sequences that are not cut into them: softmax attention grows by it."""
+        """Sum of squared document lengths, or of sequence lengths without isolation.
+
+        The cost of softmax attention grows with it.
+        """
         if self.cu_seqlens is None:
             return self.tokens.numel() * self.tokens.shape[1]
         return int(self.cu_seqlens.diff().long().square().sum())
@@ -48,7 +51,7 @@ class Batch(NamedTuple):
 class TrainLoader:
     """Batches of a split. Holds no state: every method is a pure function of its arguments.
 
-    `ramp` gives the sequences of each of the first steps, where they are not `sequences_per_step`.
+    `ramp` gives the number of sequences of each of the first steps, before `sequences_per_step` applies.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class TrainLoader:
         self._ramp_ends = np.cumsum([0, *ramp])
 
     def sequences(self, step: int) -> tuple[int, int]:
-        """The first sequence of a step, and that of the next step, counted from the start of training."""
+        """Numbers of the first sequence of a step and of the next one, counted from the start of training."""
         return self._first_sequence(step), self._first_sequence(step + 1)
 
     def _first_sequence(self, step: int) -> int:
@@ -88,7 +91,7 @@ class TrainLoader:
         if not (0 <= rank < world_size and 0 <= first <= len(starts) - micro_batch_size):
             raise DataError(
                 f"micro_batch_size={micro_batch_size}: micro-step {micro_step} of rank {rank}/{world_size} is"
-                f" outside of the {len(starts)} sequences of a step"
+                f" outside the {len(starts)} sequences of a step"
             )
         return self._assemble(starts[first : first + micro_batch_size])
 
@@ -169,7 +172,7 @@ def epoch_keys(seed: int, epoch: int) -> np.ndarray:
 def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """Where a keyed random permutation of [0, size) sends each index; int64 in and out, no table.
 
-    A Feistel network (Luby and Rackoff 1988) permutes the next power of four; values outside of [0, size) go
+    A Feistel network (Luby and Rackoff 1988) permutes the next power of four; values outside [0, size) go
     through it again until they are inside (cycle walking, Black and Rogaway 2002).
     """
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
@@ -196,7 +199,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-class Prefetcher(Generic[T]):
+class Prefetcher(Generic[Item]):
     """Iterates over an iterable in a thread that runs up to `depth` items ahead.
 
     An exception of the iterable is raised where its item would have come. Use it as a context manager, or
@@ -205,15 +208,15 @@ class Prefetcher(Generic[T]):
 
     _END = object()
 
-    def __init__(self, iterable: Iterable[T], depth: int):
+    def __init__(self, iterable: Iterable[Item], depth: int):
         self._queue: queue.Queue = queue.Queue(depth)
-        self._taken: tuple | None = None  # from the queue, by `ready`, and not yet given out
+        self._taken: tuple | None = None  # taken from the queue by `ready` and not yet returned
         self._closed = threading.Event()
         self._finished = False
         self._thread = threading.Thread(target=self._fill, args=(iterable,), name="prefetch", daemon=True)
         self._thread.start()
 
-    def _fill(self, iterable: Iterable[T]) -> None:
+    def _fill(self, iterable: Iterable[Item]) -> None:
         try:
             for item in iterable:
                 if not self._put((item, None)):
@@ -231,11 +234,11 @@ class Prefetcher(Generic[T]):
                 continue
         return False
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Iterator[Item]:
         return self
 
     def ready(self, timeout_seconds: float) -> bool:
-        """Wait up to so long for the next item, the end or an error; whether `next` will not wait."""
+        """Wait up to `timeout_seconds` for the next item, the end or an error; whether it has come."""
         if self._taken is None and not self._finished:
             try:
                 self._taken = self._queue.get(timeout=max(timeout_seconds, 1e-3))
@@ -243,7 +246,7 @@ class Prefetcher(Generic[T]):
                 return False
         return True
 
-    def __next__(self) -> T:
+    def __next__(self) -> Item:
         if self._finished:
             raise StopIteration
         item, error = self._taken or self._queue.get()
@@ -256,12 +259,12 @@ class Prefetcher(Generic[T]):
         return item
 
     def close(self) -> None:
-        """Stop the thread and drop what it has read ahead."""
+        """Stop the thread and drop the items read ahead."""
         self._finished = True
         self._closed.set()
         self._thread.join(CLOSE_SECONDS)  # it may hang in a read from a slow disk
 
-    def __enter__(self) -> "Prefetcher[T]":
+    def __enter__(self) -> "Prefetcher[Item]":
         return self
 
     def __exit__(self, *_) -> None:

@@ -2,8 +2,8 @@
 
 `prepare` may be called by every rank of a job at once: one of them works, the others wait. What is already
 prepared is recognised by the hash of its settings, of its tokenizer and of the names, sizes and modification
-times of its source files, and opened again. A preparation that was killed goes on after its last complete
-shard.
+times of its source files, and opened again. A preparation that was killed continues after its last
+complete shard.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import sources, tokenizer
+from data import tokenizer
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.files import exclusive_lock, explain_write_errors, sync_folder
@@ -38,7 +38,9 @@ from data.shards import (
     remove_notes,
     write_manifest,
 )
-from data.sources import Document, Source
+from data.sources import Source, open_source, open_valid_source
+from data.split import sample_documents, split_documents
+from data.text_files import SUFFIXES, Document
 from data.tokenizer import Tokenizer, load_tokenizer
 
 Log = Callable[[str], None]
@@ -96,18 +98,16 @@ def prepare_folder(
 
 
 def open_prepared(folder: Path, data: DataConfig, tokenizer_config: TokenizerConfig) -> PreparedData:
-    """Open a folder of prepared data after checking every file in the way `data.verify` says.
+    """Open a folder of prepared data after checking every file as `data.verify` says.
 
-    Its tokenizer is the one in it. DataError where `tokenizer` names another one: a file with another
+    Its tokenizer is the one in it. DataError if `tokenizer` names another one: a file with another
     fingerprint, or the kinds bytes and characters on data of another kind.
     """
     manifest = read_manifest(folder)
     check_files(folder, manifest, data.verify)
     loaded = load_tokenizer(folder)
     if (loaded.fingerprint, loaded.vocab_size) != (manifest.tokenizer_fingerprint, manifest.vocab_size):
-        raise DataError(
-            f"{folder}: its tokenizer is not the one of its {MANIFEST_FILE}, prepare the data again"
-        )
+        raise DataError(f"{folder}: its tokenizer does not match its {MANIFEST_FILE}, prepare the data again")
     if tokenizer_config.kind == "file":
         assert tokenizer_config.path is not None
         asked = _given_tokenizer(tokenizer_config.path)
@@ -148,7 +148,7 @@ def _given_tokenizer(path: str) -> Tokenizer:
 
 
 def _plan(data: DataConfig, tokenizer_config: TokenizerConfig) -> _Plan:
-    source, valid_source = sources.open_source(data), sources.open_valid_source(data)
+    source, valid_source = open_source(data), open_valid_source(data)
     fixed_tokenizer: Tokenizer | None = None
     tokenizer_settings: dict = {"kind": tokenizer_config.kind}
     if tokenizer_config.kind == "file":
@@ -177,14 +177,14 @@ def _folder(plan: _Plan) -> Path:
 def _label(data: DataConfig) -> str:
     """A short plain name for results: `data.name`, or the source's, or the file's."""
     label = data.name or (Path(data.path).name if data.path else data.source)
-    for suffix in sorted(sources.SUFFIXES, key=len, reverse=True):
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
         label = label.removesuffix(suffix)
     return re.sub(r"[^A-Za-z0-9]+", "_", label).strip("_")[:60] or data.source
 
 
 def _prepare_into(folder: Path, plan: _Plan, log: Log) -> PreparedData:
     if not _is_prepared(folder, plan):
-        if os.path.ismount(folder):  # the finished work is renamed into place, which no mount lets happen
+        if os.path.ismount(folder):  # a folder can't be renamed over a mount point
             raise DataError(f"{folder} is a mount point, which can't be replaced: give a folder inside it")
         lock_path = folder.with_name(f"{folder.name}.lock")
         with explain_write_errors(folder), exclusive_lock(lock_path, log):
@@ -200,7 +200,7 @@ def _open(folder: Path, plan: _Plan) -> PreparedData:
 
 @contextlib.contextmanager
 def _advise_on_cache(folder: Path, plan: _Plan) -> Iterator[None]:
-    """Say of a damaged folder in the cache, which nobody made by hand, how to be rid of it."""
+    """Add to an error about a damaged cache how to remove it."""
     try:
         yield
     except DataError as error:
@@ -229,7 +229,7 @@ def _is_prepared(folder: Path, plan: _Plan) -> bool:
 
 
 def _build(folder: Path, plan: _Plan, log: Log) -> None:
-    """Prepare in a sibling folder that a later call can go on with, and rename it when it is whole."""
+    """Prepare in a sibling folder, which a later call can continue, and rename it when it is complete."""
     work = folder.with_name(f"{folder.name}.{plan.key[:16]}.partial")
     if (work / MANIFEST_FILE).exists():  # a kill came between the manifest and the rename
         _publish(work, folder)
@@ -262,7 +262,7 @@ def _build(folder: Path, plan: _Plan, log: Log) -> None:
         for writer in writers.values():
             writer.close()
         if num_shards := sum(len(writer.notes) for writer in writers.values()):
-            log(f"{num_shards} finished shards stay in {work}: the same command goes on after them")
+            log(f"{num_shards} finished shards stay in {work}: the same command continues after them")
         else:
             shutil.rmtree(work, ignore_errors=True)
         raise
@@ -295,7 +295,7 @@ def _check_counts(writers: dict[str, ShardWriter], plan: _Plan) -> None:
 
 
 def _make_tokenizer(work: Path, plan: _Plan, log: Log) -> Tokenizer:
-    """The tokenizer of the plan, saved in the work folder; one that is already there is taken."""
+    """The tokenizer of the plan, saved in the work folder; one that is already there is used."""
     if (work / tokenizer.INFO_FILE).exists():
         return load_tokenizer(work)
     chosen = plan.fixed_tokenizer or train_tokenizer(plan.source, plan.data, plan.tokenizer_config, log)
@@ -309,7 +309,7 @@ def train_tokenizer(source: Source, data: DataConfig, config: TokenizerConfig, l
         documents = _documents(source, None, data)
         return tokenizer.train_characters(document.text for split, document in documents if split == "train")
     started = time.monotonic()
-    texts = sources.sample_documents(source, data, config.training_bytes)
+    texts = sample_documents(source, data, config.training_bytes)
     first = next(texts, None)
     if first is None:
         raise DataError(
@@ -326,10 +326,10 @@ def _documents(
 ) -> Iterator[tuple[str, Document]]:
     """All documents with their split, in the order in which they are stored."""
     if valid_source is None:
-        yield from sources.split_documents(source.read(), 0.0 if data.valid_path else data.valid_fraction)
+        yield from split_documents(source.read(), 0.0 if data.valid_path else data.valid_fraction)
     else:
-        yield from sources.split_documents(source.read(), 0.0)
-        yield from sources.split_documents(valid_source.read(), 1.0)
+        yield from split_documents(source.read(), 0.0)
+        yield from split_documents(valid_source.read(), 1.0)
 
 
 def _write_documents(plan: _Plan, chosen: Tokenizer, writers: dict[str, ShardWriter], log: Log) -> None:
@@ -337,7 +337,7 @@ def _write_documents(plan: _Plan, chosen: Tokenizer, writers: dict[str, ShardWri
     num_threads = plan.data.workers or len(os.sched_getaffinity(0))
     to_skip = {split: writer.documents for split, writer in writers.items()}
     if any(to_skip.values()):
-        log(f"going on after {sum(to_skip.values()):,} documents that are already prepared")
+        log(f"continuing after {sum(to_skip.values()):,} documents that are already prepared")
     with _Progress(plan, log) as progress:
         for batch in _batches(_documents(plan.source, plan.valid_source, plan.data)):
             todo = []

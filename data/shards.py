@@ -5,7 +5,7 @@ A folder holds, for each split S (train, valid):
   S.documents                       int64 (2, num_documents): where each document ends in the split's stream
                                     of tokens, and in that of its text's UTF-8 bytes
 and the tokenizer's files, and `manifest.json`, written last, with the size and SHA-256 of every other file.
-File names follow from the split and the number of a shard; none is ever taken from a manifest.
+File names follow from the split and the shard's number; none is ever taken from a manifest.
 """
 
 import contextlib
@@ -73,7 +73,10 @@ class TokenSplit:
         self.bytes = int(self._byte_ends[-1]) if self.documents else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the stream, int64 (stop - start,); DataError where an id is none."""
+        """Tokens [start, stop) of the stream, int64 (stop - start,).
+
+        DataError if an id is outside the vocabulary.
+        """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.tokens}")
         out = np.empty(stop - start, np.int64)
@@ -106,7 +109,7 @@ class TokenSplit:
 
 
 class ShardWriter:
-    """Writes the documents of one split into shards, and goes on after those that are already complete.
+    """Writes the documents of one split into shards, and continues after those that are already complete.
 
     A shard is complete when its `.json` note exists, which holds its counts, its hash and, in the companion
     `.lengths` file (int64, (num_documents, 2): tokens and bytes of each), its documents. `finish` joins them
@@ -189,7 +192,7 @@ class ShardWriter:
     def close(self) -> None:
         """Leave only complete shards behind."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk: what could not be written is not wanted either
+            with contextlib.suppress(OSError):  # on a full disk; the incomplete shard is deleted anyway
                 self._file.close()
             self._file = None
         for path in self.folder.glob(f"{self.split}*{TEMPORARY_SUFFIX}"):
@@ -226,7 +229,7 @@ def fingerprint_of(tokenizer_fingerprint: str, files: dict[str, dict]) -> str:
 
 
 def write_manifest(folder: Path, values: dict, notes: dict[str, list[dict]]) -> None:
-    """Hash every file of the folder but the shards' notes, and write manifest.json over them.
+    """Hash every file of the folder except the shards' notes, and write manifest.json over them.
 
     The hashes of shards come from `notes` (per split), taken while they were written.
     """
@@ -235,7 +238,7 @@ def write_manifest(folder: Path, values: dict, notes: dict[str, list[dict]]) -> 
         for split, split_notes in notes.items()
         for shard, note in enumerate(split_notes)
     }
-    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):  # of a killed process
+    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):  # left by a killed process
         path.unlink()
     for path in sorted(folder.iterdir()):
         if path.name not in files and path.name != MANIFEST_FILE and ".tokens." not in path.name:
@@ -284,7 +287,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 class _Checker:
-    """Typed access to the values of a manifest that may be hostile."""
+    """Typed access to the values of a manifest, which may be hostile."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -342,13 +345,13 @@ def check_files(folder: Path, manifest: Manifest, verify: str) -> None:
             )
     for path in sorted(folder.iterdir()):
         if path.name.endswith((".tokens", ".documents")) and path.name not in manifest.files:
-            raise DataError(f"{path} is not in {folder / MANIFEST_FILE}: take it out of the folder")
+            raise DataError(f"{path} is not in {folder / MANIFEST_FILE}: remove it")
     if verify == "quick":
         return
     for name, entry in sorted(manifest.files.items()):
         if sha256_of(folder / name) != entry["sha256"]:
             raise DataError(
-                f"{folder / name} does not have the SHA-256 of the manifest: it is damaged or swapped"
+                f"{folder / name} does not have the SHA-256 of the manifest: it is damaged or was replaced"
             )
 
 

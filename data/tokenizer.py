@@ -1,7 +1,7 @@
 """Tokenizers: text to ids and back, exactly.
 
 Four kinds share one interface (`Tokenizer`): SentencePiece, bytes, characters and Hugging Face's
-`tokenizer.json`. `encode` adds no special ids and never reads any out of the text: "<s>" in it stays text.
+`tokenizer.json`. `encode` adds no special ids and never reads any from the text: "<s>" in it stays text.
 Our own tokenizers have the ids pad 0, bos 1, eos 2, unk 3. Nothing in a tokenizer's files is executed.
 """
 
@@ -32,13 +32,13 @@ MAX_VOCAB_SIZE = 2**22
 # SentencePiece writes a space as U+2581: a literal U+2581 is escaped by a noncharacter of Unicode.
 SPACE_MARK, ESCAPE = "\u2581", "\ufdd0"
 ESCAPED_ESCAPE, ESCAPED_SPACE_MARK = ESCAPE + "0", ESCAPE + "1"
-SEGMENT_CHARACTERS = 32_768  # long texts are encoded in parts, cut after a newline where there is one
+SEGMENT_CHARACTERS = 32_768  # long texts are encoded in parts, cut after a newline if there is one
 TRAINING_CHUNK_CHARACTERS = 1_000
 TRAINING_THREADS = 8  # fixed, since unigram training sums in an order that depends on it
 
 
 class Decoder(Protocol):
-    """Turns ids into text one at a time; holds back the bytes of a character that is not complete."""
+    """Turns ids into text one at a time; holds back the bytes of an incomplete character."""
 
     def push(self, token_id: int) -> str: ...
 
@@ -59,10 +59,10 @@ class Tokenizer(Protocol):
         """Ids of a text, int64 (num_tokens,)."""
 
     def encode_batch(self, texts: list[str], num_threads: int) -> list[np.ndarray]:
-        """Ids of each text, on several threads outside of Python."""
+        """Ids of each text, on several threads outside Python."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special ids give nothing, bytes that are no UTF-8 give U+FFFD."""
+        """Text of ids; special ids give nothing, bytes that are not UTF-8 give U+FFFD."""
 
     def decoder(self) -> Decoder:
         """A fresh incremental decoder."""
@@ -72,7 +72,7 @@ class Tokenizer(Protocol):
 
 
 class BytesDecoder:
-    """Incremental decoding for tokenizers whose ids stand for bytes (or None for special ids)."""
+    """Incremental decoding for tokenizers whose ids stand for bytes (b"" for special ids)."""
 
     def __init__(self, token_bytes: Sequence[bytes], escaped: bool = False):
         self._token_bytes = token_bytes
@@ -176,15 +176,15 @@ class SentencePieceTokenizer:
     """A SentencePiece model, ours or a published one.
 
     A model without a dummy prefix gives every text back exactly. One with a dummy prefix (Llama's) has its
-    leading space taken off again when decoding.
+    leading space removed again when decoding.
     """
 
     kind = "sentencepiece"
     file_name = "tokenizer.model"
 
     def __init__(self, model: bytes):
-        self._model = model
-        self._processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.model = model
+        self.processor = processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = processor.vocab_size()
         specials = [i for i in (processor.eos_id(), processor.bos_id()) if i >= 0]
         if not specials:
@@ -194,11 +194,11 @@ class SentencePieceTokenizer:
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._token_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
-        first = processor.encode("a", out_type=str)[0]  # no normalizer takes it away, as many do "\n"
-        self._has_dummy_prefix = first.startswith(SPACE_MARK)
+        first = processor.encode("a", out_type=str)[0]  # no normalizer removes it, as many do "\n"
+        self.has_dummy_prefix = first.startswith(SPACE_MARK)
 
     def _bytes_of(self, token_id: int) -> bytes:
-        processor = self._processor
+        processor = self.processor
         if processor.is_control(token_id):
             return b""
         if processor.is_unknown(token_id):
@@ -214,28 +214,28 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: list[str], num_threads: int) -> list[np.ndarray]:
         segments, counts = [], []
         for text in texts:
-            parts = [escape_text(text)] if self._has_dummy_prefix else list(split_segments(escape_text(text)))
+            parts = [escape_text(text)] if self.has_dummy_prefix else list(split_segments(escape_text(text)))
             segments += parts
             counts.append(len(parts))
-        encoded = iter(self._processor.encode(segments, num_threads=num_threads))
+        encoded = iter(self.processor.encode(segments, num_threads=num_threads))
         return [np.concatenate([np.array(next(encoded), np.int64) for _ in range(n)]) for n in counts]
 
     def decode(self, ids: Iterable[int]) -> str:
         text = decode_with(self.decoder(), ids)
-        return text.removeprefix(" ") if self._has_dummy_prefix else text
+        return text.removeprefix(" ") if self.has_dummy_prefix else text
 
     def decoder(self) -> Decoder:
         return BytesDecoder(self._token_bytes, escaped=True)
 
     def save(self, folder: Path) -> None:
-        write_atomically(folder / self.file_name, self._model)
+        write_atomically(folder / self.file_name, self.model)
         _write_info(folder, self)
 
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json` of the tokenizers library with the begin and end tokens of its configuration.
 
-    The padding token (EOS where tokenizer.json knows none) and the chat template are kept for exports: they
+    The padding token (EOS if tokenizer.json knows none) and the chat template are kept for exports: they
     change no ids.
     """
 
@@ -251,7 +251,7 @@ class HuggingFaceTokenizer:
         pad_token: str | None = None,
         chat_template: Any = None,
     ):
-        self._model = model
+        self.model = model
         self.chat_template = chat_template
         self.special_tokens = {"bos_token": bos_token or eos_token, "eos_token": eos_token or bos_token}
         self._tokenizer = tokenizer = tokenizers.Tokenizer.from_buffer(model)
@@ -291,19 +291,19 @@ class HuggingFaceTokenizer:
         return _HuggingFaceDecoder(self._tokenizer)
 
     def roles(self) -> dict[str, Any]:
-        """What tokenizer_config.json says of special tokens and chats."""
+        """What tokenizer_config.json says about special tokens and chats."""
         chats = {} if self.chat_template is None else {"chat_template": self.chat_template}
         return {**self.special_tokens, "pad_token": self.pad_token, **chats}
 
     def with_bos_first(self) -> bytes | None:
-        """tokenizer.json with BOS before a text where special tokens are asked for; None if it does that.
+        """tokenizer.json that puts BOS first if special tokens are requested; None if it already does.
 
         Other special tokens that its post-processor adds are left out, as in training.
         """
         ids = self._tokenizer.encode("a", add_special_tokens=False).ids
         if self._tokenizer.encode("a").ids == [self.bos_id, *ids]:
             return None
-        content = json.loads(self._model)
+        content = json.loads(self.model)
         bos = self.special_tokens["bos_token"]
         first, second = (
             [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": text, "type_id": i}}]
@@ -318,12 +318,12 @@ class HuggingFaceTokenizer:
         given = content.get("post_processor")
         if given is None or self._tokenizer.num_special_tokens_to_add(False):
             content["post_processor"] = put_first
-        else:  # it trims offsets
+        else:  # kept, since it trims offsets
             content["post_processor"] = {"type": "Sequence", "processors": [given, put_first]}
         return json.dumps(content, ensure_ascii=False).encode()
 
     def save(self, folder: Path) -> None:
-        write_atomically(folder / self.file_name, self._model)
+        write_atomically(folder / self.file_name, self.model)
         write_json(
             folder / "tokenizer_config.json",
             {"tokenizer_class": "PreTrainedTokenizerFast", **self.roles()},
@@ -349,7 +349,7 @@ class _HuggingFaceDecoder:
 
 
 def split_segments(text: str, size: int = SEGMENT_CHARACTERS) -> Iterator[str]:
-    """Cut a text into parts of at most `size` characters, after a newline where there is one."""
+    """Cut a text into parts of at most `size` characters, after a newline if there is one."""
     start = 0
     while len(text) - start > size:
         stop = text.rfind("\n", start, start + size) + 1 or start + size
@@ -361,7 +361,7 @@ def split_segments(text: str, size: int = SEGMENT_CHARACTERS) -> Iterator[str]:
 def train_sentencepiece(texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:
     """Train a reversible SentencePiece model on texts (Kudo and Richardson 2018), with byte fallback.
 
-    DataError where the text is too small for the vocabulary that is asked for.
+    DataError if the text is too small for the requested vocabulary.
     """
     model = io.BytesIO()
     try:
@@ -421,7 +421,7 @@ def train_characters(texts: Iterable[str]) -> CharacterTokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a SentencePiece model, a folder written by `save`, or a Hugging Face tokenizer folder.
 
-    DataError where there is none, where it is damaged, or where a file is a link.
+    DataError if there is none, if it is damaged, or if a file is a link.
     """
     path = Path(path)
     if path.suffix == ".json" and path.is_file():
@@ -500,9 +500,9 @@ def _build(path: Path, tokenizer_class, *arguments) -> Tokenizer:
         return tokenizer_class(*arguments)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the libraries raise anything, and a panic in Rust is no Exception
+    except BaseException as error:  # the libraries raise anything, and a panic in Rust is not an Exception
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise DataError(f"{path} is no tokenizer that can be used: {reason}") from None
+        raise DataError(f"{path} is not a usable tokenizer: {reason}") from None
 
 
 def _write_info(folder: Path, tokenizer: Tokenizer, **extra: str) -> None:

@@ -1,7 +1,7 @@
 """Our tokenizers as the `tokenizer.json` that transformers' AutoTokenizer loads without any code.
 
-Ids and text are those of data/tokenizer.py, with one addition: BOS is put first where special tokens are
-asked for. Special tokens spelled out in a text stay text (`split_special_tokens`).
+Ids and text are those of data/tokenizer.py, with one addition: BOS is put first if special tokens are
+requested. Special tokens spelled out in a text stay text (`split_special_tokens`).
 
 Unigram models are equal up to ties (`are_tied`): SentencePiece sums the scores of a text in fp32 and
 transformers in fp64, and of two spellings of equal scores each may take the other.
@@ -48,7 +48,7 @@ NEVER = -1e4  # unigram score of a piece that is not text, below any spelling of
 def write_tokenizer_json(tokenizer: OurTokenizer, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json beside what `tokenizer.save` has put into the folder.
 
-    One that was given changes only where it does not put BOS first: the given file then stands beside it.
+    A given tokenizer.json changes only if it does not put BOS first; the given file is then kept beside it.
     """
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -61,7 +61,7 @@ def write_tokenizer_json(tokenizer: OurTokenizer, folder: Path) -> None:
         write_json(folder / "tokenizer_config.json", settings | tokenizer.roles())
         changed = tokenizer.with_bos_first()
         if changed is not None:
-            write_atomically(folder / tokenizer.given_file_name, tokenizer._model)
+            write_atomically(folder / tokenizer.given_file_name, tokenizer.model)
             write_atomically(folder / tokenizer.file_name, changed)
         return
     converted, specials = _convert(tokenizer)
@@ -102,7 +102,7 @@ def are_tied(tokenizer: OurTokenizer, ids: list[int], others: list[int]) -> bool
     """Whether these spell one text with the same score in a unigram model, to the precision of its sums."""
     if not isinstance(tokenizer, SentencePieceTokenizer) or _is_bpe(tokenizer):
         return False
-    score, other = (math.fsum(map(tokenizer._processor.get_score, spelling)) for spelling in (ids, others))
+    score, other = (math.fsum(map(tokenizer.processor.get_score, spelling)) for spelling in (ids, others))
     return math.isclose(score, other, rel_tol=1e-6) and tokenizer.decode(ids) == tokenizer.decode(others)
 
 
@@ -110,13 +110,13 @@ def user_defined(tokenizer: OurTokenizer) -> list[str]:
     """The pieces of a SentencePiece model that are cut out of a text before anything else."""
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return []
-    processor = tokenizer._processor
+    processor = tokenizer.processor
     return [processor.id_to_piece(i) for i, kind in enumerate(_types(processor)) if kind == USER_DEFINED]
 
 
-@lru_cache(maxsize=1)  # asked for several times in an export, of up to some 100,000 pieces
+@lru_cache(maxsize=1)  # called several times in an export, on up to some 100,000 pieces
 def _types(processor: SentencePieceProcessor) -> list[int]:
-    """The type of each piece, which only the model's protobuf says."""
+    """The type of each piece, which only the model's protobuf holds."""
     return [piece.type for piece in ModelProto.FromString(processor.serialized_model_proto()).pieces]
 
 
@@ -125,12 +125,12 @@ def _cut_out(tokenizer: SentencePieceTokenizer) -> list[str]:
 
     It would match those with a space before spaces are marked, and put a dummy prefix after each.
     """
-    return [] if tokenizer._has_dummy_prefix else [p for p in user_defined(tokenizer) if SPACE_MARK not in p]
+    return [] if tokenizer.has_dummy_prefix else [p for p in user_defined(tokenizer) if SPACE_MARK not in p]
 
 
 def _text_pieces(tokenizer: SentencePieceTokenizer) -> list[bool]:
-    """Of each id, whether its piece is put together from a text."""
-    processor, cut_out = tokenizer._processor, set(_cut_out(tokenizer))
+    """For each id, whether its piece is assembled from text: neither special nor cut out."""
+    processor, cut_out = tokenizer.processor, set(_cut_out(tokenizer))
     return [
         kind == NORMAL or (kind == USER_DEFINED and processor.id_to_piece(i) not in cut_out)
         for i, kind in enumerate(_types(processor))
@@ -139,12 +139,12 @@ def _text_pieces(tokenizer: SentencePieceTokenizer) -> list[bool]:
 
 def _is_bpe(tokenizer: SentencePieceTokenizer) -> bool:
     """BPE scores are minus the merge's rank; unigram scores are log probabilities."""
-    score = tokenizer._processor.get_score
+    score = tokenizer.processor.get_score
     return all(score(i).is_integer() for i, text in enumerate(_text_pieces(tokenizer)) if text)
 
 
 def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Tokenizer, dict[str, str]]:
-    processor = tokenizer._processor
+    processor = tokenizer.processor
     pieces = [processor.id_to_piece(index) for index in range(processor.vocab_size())]
     scores = [processor.get_score(index) for index in range(processor.vocab_size())]
     unk = pieces[processor.unk_id()]
@@ -175,7 +175,7 @@ def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Tokenizer
         decoders.Replace(ESCAPED_SPACE_MARK, SPACE_MARK),
         decoders.Replace(ESCAPED_ESCAPE, ESCAPE),
     ]
-    if tokenizer._has_dummy_prefix:
+    if tokenizer.has_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE_MARK))
         unescape.append(decoders.Strip(" ", 1, 0))
     converted.normalizer = normalizers.Sequence(steps)
@@ -190,10 +190,10 @@ def _convert_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Tokenizer
 
 
 def _lone_starts(pieces: list[str], is_text: list[bool]) -> str:
-    """Pattern of the characters that begin pieces which are no text ("<" of "<s>") and are in no text piece.
+    """Pattern of characters that begin a piece that is not text ("<" of "<s>") and occur in no text piece.
 
     The tokenizers library scores an unknown character below any piece, so it would take "<s>" in a text for
-    that piece. Such a character is no part of another piece: cut off, it is unknown or bytes, as it should.
+    that piece. Such a character is part of no text piece: cut off, it is unknown or bytes, as it should be.
     """
     known = {c for piece, text in zip(pieces, is_text, strict=True) if text for c in piece}
     starts = {piece[0] for piece, text in zip(pieces, is_text, strict=True) if not text}
@@ -201,7 +201,7 @@ def _lone_starts(pieces: list[str], is_text: list[bool]) -> str:
 
 
 def _own_normalizers(model: bytes) -> Iterator[normalizers.Normalizer]:
-    """What a SentencePiece model does to a text itself: its table of replacements, and spaces taken out."""
+    """A SentencePiece model's own normalization: its table of replacements, and the removal of spaces."""
     spec = ModelProto.FromString(model).normalizer_spec
     if spec.precompiled_charsmap:
         yield normalizers.Precompiled(spec.precompiled_charsmap)

@@ -3,9 +3,12 @@
     python -m scripts.prepare_data data=text data.path=TEXTS tokenizer.vocab_size=8192 output=DIR
 
 Without output= the shards go to data.cache_dir, where train.py with the same settings finds them. A command
-that was stopped goes on where it was; one that is done says so at once.
+that was stopped continues where it was; one that is done says so at once. Progress is on stderr, the result
+on stdout.
 """
 
+import sys
+from functools import partial
 from pathlib import Path
 
 from data.config import PrepareConfig
@@ -15,10 +18,11 @@ from training.command import run_command
 
 def main(config: PrepareConfig) -> None:
     """Prepare, and print what the folder holds."""
+    log = partial(print, file=sys.stderr)
     if config.output:
-        prepared = prepare_folder(Path(config.output), config.data, config.tokenizer)
+        prepared = prepare_folder(Path(config.output), config.data, config.tokenizer, log=log)
     else:
-        prepared = prepare(config.data, config.tokenizer)
+        prepared = prepare(config.data, config.tokenizer, log=log)
     print(describe(prepared))
 
 

@@ -3,8 +3,11 @@
     python -m scripts.train_tokenizer data=text data.path=TEXTS tokenizer.vocab_size=8192 output=DIR
 
 Use it with tokenizer=file tokenizer.path=DIR. A folder that holds something else is never written to.
+Progress is on stderr, the result on stdout.
 """
 
+import sys
+from functools import partial
 from pathlib import Path
 
 from data.config import PrepareConfig
@@ -26,10 +29,11 @@ def main(config: PrepareConfig) -> None:
     folder = Path(config.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"output={folder} is not empty: nothing is overwritten, choose another folder")
+    log = partial(print, file=sys.stderr)
     source = open_source(config.data)
     if source.left_out:
-        print(source.left_out)
-    trained = train_tokenizer(source, config.data, config.tokenizer, print)
+        log(source.left_out)
+    trained = train_tokenizer(source, config.data, config.tokenizer, log)
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         trained.save(folder)

@@ -30,15 +30,16 @@ def test_prepare_and_open(corpus, tmp_path, capsys):
     output = tmp_path / "shards"
     settings = ["data=text", f"data.path={corpus}", "data.valid_fraction=0.1", f"output={output}"]
     run(prepare_data, *settings, "tokenizer=bytes")
-    printed = capsys.readouterr().out
-    assert f"data=prepared data.path={output}" in printed
-    assert "prepared corpus in" in printed
-    assert f"data.path={corpus}: left out files of other kinds, 1 in all: .csv (1)\n" in printed
+    printed, logged = capsys.readouterr()
+    assert printed.startswith("split ")
+    assert printed.endswith(f"use it with: data=prepared data.path={output}\n")
+    assert "prepared corpus in" in logged
+    assert f"data.path={corpus}: left out files of other kinds, 1 in all: .csv (1)\n" in logged
     prepared = prepare(DataConfig(source="prepared", path=str(output)), TokenizerConfig())
     assert prepared.train.documents + prepared.valid.documents == 40
     assert prepared.fingerprint in printed
     run(prepare_data, *settings, "tokenizer=bytes")
-    assert "prepared corpus in" not in capsys.readouterr().out
+    assert capsys.readouterr() == (printed, "")
     with pytest.raises(DataError, match="was prepared with other settings"):
         run(prepare_data, *settings, "tokenizer=characters")
 
@@ -47,7 +48,9 @@ def test_train_tokenizer_and_use_it(corpus, tmp_path, capsys):
     output = tmp_path / "tokenizer"
     settings = ["data=text", f"data.path={corpus}", "tokenizer.vocab_size=290", f"output={output}"]
     run(train_tokenizer, *settings)
-    assert "left out files of other kinds, 1 in all: .csv (1)\n" in capsys.readouterr().out
+    printed, logged = capsys.readouterr()
+    assert printed == f"saved sentencepiece, 290 ids\nuse it with: tokenizer=file tokenizer.path={output}\n"
+    assert "left out files of other kinds, 1 in all: .csv (1)\n" in logged
     assert load_tokenizer(output).vocab_size == 290
     run(
         prepare_data,

@@ -1,4 +1,4 @@
-"""Preparation is whole or absent, goes on after a kill, and finds every kind of damage."""
+"""Preparation is whole or absent, continues after a kill, and finds every kind of damage."""
 
 import hashlib
 import json
@@ -249,7 +249,7 @@ def test_goes_on_after_a_kill(data, tmp_path, lines, after, moment):
     resumed = prepare(data, BYTES, log=lines.append)
     assert resumed.fingerprint == uninterrupted.fingerprint
     complete = after - (moment == "before")
-    assert any("going on after" in line for line in lines) == (complete > 0)
+    assert any("continuing after" in line for line in lines) == (complete > 0)
     assert os.listdir(data.cache_dir) == [resumed.folder.name]
     assert sorted(os.listdir(resumed.folder)) == sorted(os.listdir(uninterrupted.folder))
 

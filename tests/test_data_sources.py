@@ -1,4 +1,4 @@
-"""Documents come out of every kind of file unchanged, and are split by content."""
+"""Documents come out of every kind of file and source unchanged."""
 
 import codecs
 import gzip
@@ -14,10 +14,11 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data import sources
+from data import text_files
 from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
-from data.sources import Document, Source, open_source, read_file, sample_documents, split_documents
+from data.sources import open_source
+from data.text_files import read_file
 
 TEXTS = ["first  line\r\nsecond\0", "\ufeffzwei\n\n", "\u2581 \U0001f600", "last"]
 COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
@@ -124,7 +125,7 @@ def test_fingerprint_follows_the_files(tmp_path):
         ("a.txt.gz", flip_byte(gzip.compress(jsonl(TEXTS))), r"a\.txt\.gz can't be read"),
         ("a.jsonl.xz", lzma.compress(jsonl(TEXTS))[:-12], r"a\.jsonl\.xz can't be read"),
         ("a.txt.zst", b"no zstandard", r"a\.txt\.zst can't be read"),
-        ("a.parquet", b"no parquet", r"a\.parquet is no valid \.parquet file"),
+        ("a.parquet", b"no parquet", r"a\.parquet is not a valid \.parquet file"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
@@ -136,7 +137,7 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
 @pytest.mark.parametrize("kind", [".txt", ".jsonl"])
 def test_archive_bombs_are_refused(tmp_path, monkeypatch, suffix, kind):
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 10_000)
+    monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 10_000)
     path = tmp_path / f"bomb{kind}{suffix}"
     path.write_bytes(COMPRESS[suffix](bytes(500_000)))
     with pytest.raises(DataError, match=r"over \d+ bytes"):
@@ -154,7 +155,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path, suffix, missing):
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
 def test_long_compressed_text_is_read(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 10_000)
+    monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 10_000)
     text = random.Random(0).randbytes(20_000).hex()
     (tmp_path / f"a.txt{suffix}").write_bytes(COMPRESS[suffix](text.encode()))
     assert read_texts(tmp_path) == [text]
@@ -190,8 +191,8 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
     ("make", "message"),
     [
         (lambda path: path.symlink_to(path.parent.parent), "is a linked folder, which is not followed"),
-        (lambda path: path.symlink_to("nowhere"), "is no file, or a link to none"),
-        (os.mkfifo, "is no file, or a link to none"),
+        (lambda path: path.symlink_to("nowhere"), "is not a regular file, or is a broken link: remove it"),
+        (os.mkfifo, "is not a regular file, or is a broken link: remove it"),
     ],
 )
 def test_no_part_of_a_folder_is_dropped_in_silence(tmp_path, make, message):
@@ -241,64 +242,6 @@ def test_a_byte_order_mark_before_json_lines_is_no_text(tmp_path):
     assert read_texts(tmp_path / "A.JSONL") == TEXTS
 
 
-def documents_of(count, seed=0):
-    rng = random.Random(seed)
-    return [Document(f"{rng.random()} text {i}", str(i)) for i in range(count)]
-
-
-def split_of(documents, fraction):
-    parts = {"train": set(), "valid": set()}
-    for split, document in split_documents(iter(documents), fraction):
-        parts[split].add(document.text)
-    return parts["train"], parts["valid"]
-
-
-def test_split_is_disjoint_complete_and_near_the_fraction():
-    documents = documents_of(3000)
-    train, valid = split_of(documents, 0.1)
-    assert not train & valid
-    assert train | valid == {document.text for document in documents}
-    assert 200 < len(valid) < 400
-
-
-def test_split_is_stable_when_order_and_number_change():
-    documents = documents_of(3000)
-    _, valid = split_of(documents, 0.1)
-    _, valid_of_fewer = split_of(documents[::-1][:1500], 0.1)
-    assert valid_of_fewer == valid & {document.text for document in documents[1500:]}
-
-
-def test_equal_texts_stay_together():
-    documents = [Document(document.text, f"copy of {document.name}") for document in documents_of(50)] * 2
-    train, valid = split_of(documents, 0.3)
-    assert not train & valid
-
-
-@pytest.mark.parametrize("count", [2, 3, 10])
-@pytest.mark.parametrize("fraction", [0.001, 0.999])
-def test_small_sources_have_both_splits(count, fraction):
-    for seed in range(20):
-        train, valid = split_of(documents_of(count, seed), fraction)
-        assert train
-        assert valid
-
-
-def test_lone_document_is_split_by_position():
-    text = "".join(f"{i}\n" for i in range(1000))
-    (train,), (valid,) = split_of([Document(text, "lone")], 0.1)
-    assert train + valid == text
-    assert len(train) == int(len(text) * 0.9)
-
-
-def test_fractions_zero_and_one_take_everything():
-    assert split_of(documents_of(5), 0.0)[1] == set()
-    assert split_of(documents_of(5), 1.0)[0] == set()
-
-
-def test_empty_documents_are_left_out():
-    assert split_of([Document("", "a"), Document("b", "b")], 0.0) == ({"b"}, set())
-
-
 def test_standard_library():
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = list(open_source(DataConfig()).read())
@@ -307,70 +250,6 @@ def test_standard_library():
     assert len({document.text for document in documents}) == len(documents) > 200
     assert not any({"site-packages", "test", "tests"} & set(Path(name).parts) for name in names)
     assert documents[names.index("argparse.py")].text == (root / "argparse.py").read_bytes().decode()
-
-
-@pytest.mark.parametrize(
-    ("suffix", "other_text"), [("", ""), ("", "x" * 500), (".gz", ""), (".zst", "x" * 500)]
-)
-def test_sample_is_drawn_from_all_training_documents_and_fills_its_budget(tmp_path, suffix, other_text):
-    documents = documents_of(4000)
-    lines = [json.dumps({"text": document.text, "other": other_text}) + "\n" for document in documents]
-    content = "".join(lines).encode()
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(COMPRESS.get(suffix, bytes)(content))
-    config = DataConfig(source="text", path=str(tmp_path), valid_fraction=0.5)
-    train, _ = split_of(documents, 0.5)
-    sample = list(sample_documents(open_source(config), config, 20_000))
-    assert sample == list(sample_documents(open_source(config), config, 20_000))
-    assert sum(map(len, sample)) == 20_000
-    places = {document.text: place for place, document in enumerate(documents)}
-    cut = [text for text in sample if text not in train]
-    assert len(cut) <= 1
-    quarters = [places[text] // 1000 for text in sample if text in train]
-    assert all(quarters.count(quarter) > len(sample) / 6 for quarter in range(4))
-    assert quarters == sorted(quarters)
-
-
-def test_sample_of_a_remote_source_is_what_comes_first():
-    read = []
-
-    def documents():
-        for document in documents_of(4000):
-            read.append(document.text)
-            yield document
-
-    source = Source(read=documents, fingerprint="", is_remote=True)
-    sample = list(sample_documents(source, DataConfig(valid_fraction=0.0), 50_000))
-    assert sum(map(len, sample)) == 50_000
-    assert len(sample) == len(read) < 2500
-
-
-@pytest.mark.parametrize("num_documents", [1, 3])
-def test_sample_of_few_large_documents_is_drawn_from_all_of_them(tmp_path, num_documents):
-    lines = [f"{index} of many lines\n" for index in range(30_000)]
-    length = len(lines) // num_documents
-    for index in range(num_documents):
-        part = lines[index * length : (index + 1) * length]
-        (tmp_path / f"{index}.txt").write_text("".join(part))
-    config = DataConfig(source="text", path=str(tmp_path), valid_fraction=0.1)
-    sampled = "".join(sample_documents(open_source(config), config, 100_000)).splitlines()
-    assert 99_000 < sum(len(line) + 1 for line in sampled) <= 100_001
-    places = [int(line.split()[0]) for line in sampled if line.endswith("lines")]
-    assert max(places) - min(places) > 10_000
-
-
-def test_sample_is_never_empty(tmp_path):
-    (tmp_path / "a.txt").write_text("abc\n" * 1000)
-    config = DataConfig(source="text", path=str(tmp_path), valid_fraction=0.5)
-    for budget in range(1, 30):
-        (first, *_) = sample_documents(open_source(config), config, budget)
-        assert 0 < len(first) <= budget
-
-
-def test_first_documents_are_sampled_as_a_source_of_their_own(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(jsonl([document.text for document in documents_of(4000)]))
-    config = DataConfig(source="text", path=str(tmp_path), valid_fraction=0.0, max_documents=20)
-    sample = list(sample_documents(open_source(config), config, 20_000))
-    assert sample == [document.text for document in documents_of(4000)[:20]]
 
 
 @pytest.mark.parametrize(

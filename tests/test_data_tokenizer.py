@@ -227,7 +227,7 @@ def test_panic_of_the_library_is_an_error(tmp_path):
     values = json.loads((folder / "tokenizer.json").read_text())
     values["model"]["continuing_subword_prefix"] = "longer than any merge"
     (folder / "tokenizer.json").write_text(json.dumps(values))
-    with pytest.raises(DataError, match="is no tokenizer that can be used"):
+    with pytest.raises(DataError, match="is not a usable tokenizer"):
         load_tokenizer(folder)
 
 

@@ -423,7 +423,7 @@ def test_special_tokens_in_a_text_stay_text_without_a_piece_for_their_first_char
 
     sample = [(ROOT / "training" / "config.py").read_text().replace("<", "")]
     tokenizer = train_sentencepiece(sample, TokenizerConfig(vocab_size=400, model_type="unigram"))
-    assert tokenizer._processor.piece_to_id("<") == tokenizer._processor.unk_id()
+    assert tokenizer.processor.piece_to_id("<") == tokenizer.processor.unk_id()
     tokenizer.save(tmp_path)
     write_tokenizer_json(tokenizer, tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
@@ -443,7 +443,7 @@ def test_tokenizers_are_the_same_in_transformers(kind, tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     texts = [TEXT, "", "  ", (ROOT / "training" / "config.py").read_text()]
     if kind != "characters":
-        spelled = [tokenizer._processor.piece_to_id(letter) for letter in "return"]
+        spelled = [tokenizer.processor.piece_to_id(letter) for letter in "return"]
         assert not are_tied(tokenizer, tokenizer.encode("return").tolist(), spelled)
         texts += ["\ufdd0 \ufdd00 \u2581\u2581 🙂 \x00\u200b", " a\n\n\n\tb   "]
     for text in texts:
