@@ -4,12 +4,13 @@ Ids and text are those of data/tokenizer.py, with one addition: BOS is put first
 requested. Special tokens spelled out in a text stay text (`split_special_tokens`).
 
 Unigram models are equal up to ties (`are_tied`): SentencePiece sums the scores of a text in fp32 and
-transformers in fp64, and of two spellings of equal scores each may take the other.
+transformers in fp64, and of two spellings of equal scores each may take the other. Byte pieces of a
+SentencePiece model that end inside a character all decode to U+FFFD, as Llama's do in transformers.
 """
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -82,20 +83,29 @@ def _convert(tokenizer: OurTokenizer) -> tuple[Tokenizer, dict[str, str]]:
         return _convert_sentencepiece(tokenizer)
     pad, bos, eos, unk = SPECIALS
     if isinstance(tokenizer, ByteTokenizer):
-        pieces = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256))]
+        converted = _single_pieces(_byte_pieces())
+        converted.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        converted.decoder = decoders.ByteLevel()
     elif isinstance(tokenizer, CharacterTokenizer):
-        pieces = [*SPECIALS, *tokenizer.characters]
+        converted = _single_pieces(tokenizer.characters)
+        converted.decoder = decoders.Fuse()
     else:
         raise DataError(f"a tokenizer of kind {tokenizer.kind} can't be written for transformers")
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    is_bytes = isinstance(tokenizer, ByteTokenizer)
-    converted = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=[], unk_token=unk, byte_fallback=is_bytes, fuse_unk=False)
-    )
-    steps = [decoders.ByteFallback()] if is_bytes else []
-    converted.decoder = decoders.Sequence([*steps, decoders.Fuse()])
     roles = {"pad_token": pad, "bos_token": bos, "eos_token": eos, "unk_token": unk}
     return converted, roles
+
+
+def _single_pieces(pieces: Iterable[str]) -> Tokenizer:
+    """Every piece an id of its own, after those of SPECIALS; nothing is merged."""
+    vocabulary = {piece: index for index, piece in enumerate([*SPECIALS, *pieces])}
+    return Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=SPECIALS[3], fuse_unk=False))
+
+
+def _byte_pieces() -> list[str]:
+    """The character that the tokenizers library writes for each byte: GPT-2's, printable ones as they are."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    stand_ins = (character for character in alphabet if ord(character) >= 256)
+    return [chr(byte) if chr(byte) in alphabet else next(stand_ins) for byte in range(256)]
 
 
 def are_tied(tokenizer: OurTokenizer, ids: list[int], others: list[int]) -> bool:

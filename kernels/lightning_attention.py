@@ -13,6 +13,7 @@ import os
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.forward_ad import unpack_dual
 
 from kernels import reference, torch_lightning
 from kernels.launch import num_segments
@@ -38,8 +39,9 @@ def lightning_attention(
     Args:
         q, k: (B, N, H, Dk), v: (B, N, H, Dv), of one dtype: fp32, bf16 or fp16; fp64 except for `triton`.
             Head dims are multiples of 8 up to 256. Any strides.
-        slopes: (H,) fp32, >= 0; a head decays by exp(-slope) per token. No gradient.
-        initial_state: (B, H, Dk, Dv) fp32, the state before the first token; zero if None.
+        slopes: (H,) fp32, 0 to 1e38; a head decays by exp(-slope) per token. No gradient.
+        initial_state: (B, H, Dk, Dv) fp32 (fp64 for fp64 inputs, as the final state is), the state before the
+            first token; zero if None.
         output_final_state: whether to return the state after the last token.
         cu_seqlens: (S + 1,) int32, for B = 1: sequence i is rows cu_seqlens[i] to cu_seqlens[i + 1], possibly
             none. States are then (S, H, Dk, Dv).
@@ -47,9 +49,10 @@ def lightning_attention(
             breaks at its cu_seqlens), or `auto`: triton on CUDA devices, torch elsewhere.
 
     Returns:
-        o (B, N, H, Dv) in the inputs' dtype, and the final state in fp32 (None unless asked for). Gradients
-        reach q, k, v and initial_state, also through the final state; in reverse mode, and once, except for
-        `reference`. A value that is not finite spreads to other rows and sequences of the batch.
+        o (B, N, H, Dv) in the inputs' dtype, and the final state (None unless asked for). Gradients reach q,
+        k, v and initial_state, also through the final state: in reverse mode, and once; `reference` has
+        forward mode and second derivatives too. A value that is not finite spreads to other rows and
+        sequences of the batch.
 
     Raises:
         ValueError: an argument is off; the message names it, what came and what is allowed.
@@ -66,6 +69,7 @@ def lightning_attention(
     if backend == "reference":
         o, state = _reference(q, k, v, slopes, initial_state, cu_seqlens)
     else:
+        _check_no_tangents(q=q, k=k, v=v, initial_state=initial_state)
         o, state, _ = _forward(q, k, v, slopes, initial_state, output_final_state, cu_seqlens, backend)
     return o, state if output_final_state else None
 
@@ -78,7 +82,7 @@ def lightning_attention_step(
     Args:
         q, k: (B, H, Dk), v: (B, H, Dv), of one dtype.
         slopes: (H,) fp32, >= 0.
-        state: (B, H, Dk, Dv) fp32, left as it is.
+        state: (B, H, Dk, Dv) fp32 (fp64 for fp64 inputs), left as it is.
 
     Returns:
         o (B, H, Dv) in the inputs' dtype and the new state. No gradients.
@@ -92,6 +96,7 @@ def lightning_attention_step(
             "state is None; allowed: a tensor (B, H, Dk, Dv). Start from zeros or a final state."
         )
     _check_state("state", state, q, v, q.shape[0])
+    _check_no_tangents(q=q, k=k, v=v, state=state)
     return _step(q, k, v, slopes, state)
 
 
@@ -159,6 +164,18 @@ def _check_slopes(slopes: Tensor, q: Tensor) -> None:
         raise ValueError(
             f"slopes holds {slopes.tolist()}; allowed: finite values >= 0 (decay is exp(-slope))."
         )
+
+
+def _check_no_tangents(**inputs: Tensor | None) -> None:
+    """Refuse forward-mode derivatives: a custom op would take them for zero without a word."""
+    if torch.compiler.is_compiling():
+        return
+    for name, x in inputs.items():
+        if x is not None and unpack_dual(x).tangent is not None:
+            raise ValueError(
+                f"{name} has a forward-mode tangent; allowed: reverse mode (autograd), or the backend "
+                "'reference' of lightning_attention."
+            )
 
 
 def check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None) -> int:

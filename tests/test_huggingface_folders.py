@@ -223,6 +223,22 @@ def test_a_wrong_export_is_removed(tmp_path, monkeypatch):
     assert issubclass(ExportError, SettingError)
 
 
+def test_bytes_of_a_cut_character_leave_the_text_before_them_alone(tmp_path):
+    """As generation leaves them that ends at max_new_tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = ByteTokenizer()
+    tokenizer.save(tmp_path)
+    write_tokenizer_json(tokenizer, tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode("def f(): return '天地'").tolist()
+    for kept in (ids[:-2], ids[:-3], [*range(4, 260)]):
+        assert loaded.decode(kept) == tokenizer.decode(kept)
+    assert loaded.decode(ids[:-2]).startswith("def f(): return '天")
+    every = "".join(map(chr, range(0x250))) + "日本語 <s>"
+    assert loaded(every, add_special_tokens=False).input_ids == tokenizer.encode(every).tolist()
+
+
 def test_a_tokenizer_that_reads_otherwise_is_no_export(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", make_config())
     monkeypatch.setattr(scripts.export_hf, "write_tokenizer_json", write_shifted)
@@ -244,7 +260,7 @@ def test_a_tokenizer_with_other_special_ids_is_no_export(tmp_path):
 def write_shifted(tokenizer, folder: Path) -> None:
     write_tokenizer_json(tokenizer, folder)
     text = (folder / "tokenizer.json").read_text()
-    (folder / "tokenizer.json").write_text(text.replace("<0x64>", "<0xZZ>"))
+    (folder / "tokenizer.json").write_text(text.replace('"d"', '"<d>"'))
 
 
 def given_tokenizer(folder: Path, post_processor=None, **roles) -> HuggingFaceTokenizer:

@@ -331,3 +331,24 @@ def test_autocast_changes_nothing(backend):
     expected_o, expected_state = lightning_attention_step(*step, slopes, tensors[3])
     assert torch.equal(o, expected_o)
     assert torch.equal(state, expected_state)
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_forward_mode_is_refused_except_by_the_reference(needs_gradient):
+    """A custom op drops the tangents of inputs without a gradient: the derivative would be zero."""
+    (q, k, v, state, tangent, _), slopes = make_inputs(1, 9, 2, 8, 8)
+    q.requires_grad_(needs_gradient)
+
+    def derivative(backend):
+        return torch.func.jvp(
+            lambda q: lightning_attention(q, k, v, slopes, backend=backend)[0], (q,), (tangent,)
+        )[1]
+
+    linear = lightning_attention(tangent, k, v, slopes, backend="reference")[0]
+    torch.testing.assert_close(derivative("reference"), linear)
+    with pytest.raises(ValueError, match="q has a forward-mode tangent"):
+        derivative("torch")
+    with pytest.raises(ValueError, match="q has a forward-mode tangent"):
+        torch.func.jvp(
+            lambda q: lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, state)[0], (q,), (tangent,)
+        )

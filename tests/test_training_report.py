@@ -167,13 +167,15 @@ def test_a_length_of_another_kind_is_refused(tmp_path):
         write_run_report(folder)
 
 
-def test_resume_command_gives_the_same_settings(tmp_path):
-    """What the report says to type composes into the run's own settings, odd strings included."""
+@pytest.mark.parametrize("start", [(), ("resume=never", "overwrite=true")])
+def test_resume_command_gives_the_same_settings(start, tmp_path):
+    """What the report says to type composes into the run's settings, odd strings too, and resumes."""
     folder = RunFolder(tmp_path / "a run")
     folder.path.mkdir()
     arguments = [f"run_dir='{folder.path}'", "model=llama-tiny", "schedule=wsd", "tokenizer=bytes"]
     arguments += ["data=text", "data.path=some/text.txt", "engine.zero_stage=2", "optim.lr=3e-5"]
     arguments += ["sample_prompt='it''s \"x\", {y}'".replace("''", "\\'"), "wandb.enabled=true"]
+    arguments += [*start]
     config = compose(TrainConfig, arguments, "train")
     assert config.sample_prompt == 'it\'s "x", {y}'
     save_config(config, folder.config)
@@ -181,7 +183,9 @@ def test_resume_command_gives_the_same_settings(tmp_path):
     command = next(line for line in folder.report.read_text().splitlines() if "train.py" in line)
     words = shlex.split(command)
     assert words[:2] == ["python", "train.py"]
-    assert flatten(compose(TrainConfig, words[2:], "train")) == flatten(load_saved_config(folder.config))
+    resumed = {"resume": "auto", "overwrite": False}
+    saved = flatten(load_saved_config(folder.config))
+    assert flatten(compose(TrainConfig, words[2:], "train")) == saved | resumed
 
 
 def test_override_quotes_what_hydra_would_read_otherwise():

@@ -243,9 +243,8 @@ def _next_steps(folder: RunFolder, config: dict[str, Any]) -> str:
     prompt = shlex.quote(override("prompt", config.get("sample_prompt", "def ")))
     ways = {
         "Resume, or train on with a larger max_steps:": _resume_command(folder, config),
-        "Score it at other lengths, or on other text with `data=text data.path=FILE`:": (
-            f"python eval.py checkpoint={path} seq_lens=[512,2048]"
-        ),
+        "Score it with all of each document in sight (at other lengths with `seq_lens=[512,2048]`, on other "
+        "text with `data=text data.path=FILE`):": f"python eval.py checkpoint={path} window=streaming",
         "Let it write:": f"python -m scripts.generate checkpoint={path} {prompt}",
         "Export it for Hugging Face transformers:": (
             f"python -m scripts.export_hf checkpoint={path} output={path}-hf"
@@ -277,10 +276,11 @@ def _resume_command(folder: RunFolder, config: dict[str, Any]) -> str:
         defaults = flatten(compose(TrainConfig, arguments, "train"))
     except SettingError:
         arguments, defaults = arguments[:1], {}
-    adopted = ("model.vocab_size", "schedule.total_steps", "init_from", "experiment")  # the run's own stay
+    not_repeated = ["resume", "overwrite"]  # of that start: they would delete the run, or refuse to resume it
+    not_repeated += ["model.vocab_size", "schedule.total_steps", "init_from", "experiment"]  # the run's stay
     arguments += [
         override(key, value)
         for key, value in flat.items()
-        if key in defaults and key not in adopted and value != defaults[key]
+        if key in defaults and key not in not_repeated and value != defaults[key]
     ]
     return " ".join(["python train.py", *map(shlex.quote, arguments)])
