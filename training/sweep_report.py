@@ -12,8 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from data.files import explain_write_errors, write_atomically
 from models.config import ModelConfig
+from training.config import CONFIG_DIR
 from training.sweep import Manifest, Point, SweepDefinition
 from training.tables import csv_text, markdown_table, provenance
 
@@ -43,21 +46,22 @@ MORE_COLUMNS = (
     "error",
 )
 
-# Tokens/s per GPU on 2 A100 80G, by (size, attention) and length (arXiv 2405.17381, "Various Lengths,
+# Tokens/s per GPU on 2 A100 80G, by (model, attention) and length (arXiv 2405.17381, "Various Lengths,
 # Constant Speed"); the batch is not stated. None: out of memory.
 PAPER_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 81920, 94208)
 PAPER = {
-    ("385m", "softmax"): (35931, 32453, 28184, 21996, 15479, 9715, 5643, 4604, 4078),
-    ("385m", "quadratic"): (41789, 39043, 34894, 28627, 21112, 13852, 8247, 6824, 6012),
-    ("385m", "lightning"): (38615, 38680, 38714, 38172, 37755, 37364, 38278, 38457, 38596),
-    ("1b", "softmax"): (14897, 13990, 12644, 10887, 8468, 5836, 3820, 3167, None),
-    ("1b", "quadratic"): (21195, 20128, 18553, 16012, 12594, 8848, 5611, 4625, None),
-    ("1b", "lightning"): (20052, 19967, 20009, 19841, 19805, 19691, 20077, 20186, None),
-    ("3b", "softmax"): (7117, 6708, 6008, 4968, 3755, 2558, None, None, None),
-    ("3b", "quadratic"): (8001, 7649, 7117, 6152, 4859, 3512, None, None, None),
-    ("3b", "lightning"): (7524, 7593, 7599, 7559, 7545, 7545, None, None, None),
+    ("llama-385m", "softmax"): (35931, 32453, 28184, 21996, 15479, 9715, 5643, 4604, 4078),
+    ("tnl-385m", "quadratic"): (41789, 39043, 34894, 28627, 21112, 13852, 8247, 6824, 6012),
+    ("tnl-385m", "lightning"): (38615, 38680, 38714, 38172, 37755, 37364, 38278, 38457, 38596),
+    ("llama-1b", "softmax"): (14897, 13990, 12644, 10887, 8468, 5836, 3820, 3167, None),
+    ("tnl-1b", "quadratic"): (21195, 20128, 18553, 16012, 12594, 8848, 5611, 4625, None),
+    ("tnl-1b", "lightning"): (20052, 19967, 20009, 19841, 19805, 19691, 20077, 20186, None),
+    ("llama-3b", "softmax"): (7117, 6708, 6008, 4968, 3755, 2558, None, None, None),
+    ("tnl-3b", "quadratic"): (8001, 7649, 7117, 6152, 4859, 3512, None, None, None),
+    ("tnl-3b", "lightning"): (7524, 7593, 7599, 7559, 7545, 7545, None, None, None),
 }
 PAPER_NAMES = {"softmax": "LLaMA-FA2", "quadratic": "TNL-LA1", "lightning": "TNL-LA2"}
+NOT_ARCHITECTURE = ("vocab_size", "backend", "activation_checkpointing")  # model settings of how to run it
 CELLS = {"oom": "OOM", "failed": "failed", "stopped": "stopped", "running": "running", "waiting": "–"}
 SAME_SIZE = 1.1  # largest ratio of parameters between models whose speeds are set against each other
 
@@ -83,7 +87,7 @@ def rows_of(folder: Path, sweep: SweepDefinition, manifest: Manifest, points: li
         figures |= record.get("measured") or {}
         figures |= {
             "paper_tokens_per_second_per_gpu": paper_figures(point.config.model).get(point.seq_len),
-            "attention": point.config.model.attention,
+            "attention": attention_kind(point.config.model),
             "batch_tokens": sweep.batch_tokens,
             "steps": sweep.steps,
             "engine": point.values["engine"],
@@ -97,13 +101,21 @@ def rows_of(folder: Path, sweep: SweepDefinition, manifest: Manifest, points: li
 
 
 def paper_figures(model: ModelConfig) -> dict[int, int | None]:
-    """What the paper measured for the model's size and attention, by length; {} if it did not."""
-    return dict(zip(PAPER_LENGTHS, PAPER.get((_size(model), model.attention), ()), strict=False))
+    """What the paper measured for the model, by length; {} for any architecture but the paper's own."""
+    speeds = PAPER.get((model.name, model.attention))
+    if speeds is None:
+        return {}
+    named = ModelConfig(**yaml.safe_load((CONFIG_DIR / "model" / f"{model.name}.yaml").read_text()))
+    chosen = {key: getattr(model, key) for key in ("attention", *NOT_ARCHITECTURE)}
+    return dict(zip(PAPER_LENGTHS, speeds, strict=False)) if replace(named, **chosen) == model else {}
 
 
-def _size(model: ModelConfig) -> str:
-    """The size in a model's name, "385m" of "tnl-385m"."""
-    return model.name.rsplit("-", 1)[-1]
+def attention_kind(model: ModelConfig) -> str:
+    """The attention of all layers, or "hybrid" where some of them use softmax."""
+    uses_softmax = [model.uses_softmax(layer) for layer in range(model.num_layers)]
+    if all(uses_softmax):
+        return "softmax"
+    return "hybrid" if any(uses_softmax) else model.attention
 
 
 @dataclass(slots=True)
@@ -210,7 +222,8 @@ def _speed_table(grid: Grid) -> str:
         paper = paper_figures(line.model) if grid.axis == "seq_len" else {}
         shown = {place: paper[place] for place in grid.places if place in paper}
         if shown:
-            name = f"*paper: {PAPER_NAMES[line.model.attention]}, {_size(line.model)}, A100 80G*"
+            size = line.model.name.rsplit("-", 1)[-1]  # "385m" of "tnl-385m"
+            name = f"*paper: {PAPER_NAMES[line.model.attention]}, {size}, A100 80G*"
             cells = [
                 ("OOM" if shown[p] is None else f"{shown[p]:,}") if p in shown else "–" for p in grid.places
             ]
@@ -244,17 +257,19 @@ def _place_text(place: Any) -> str:
 
 
 def _crossovers(grid: Grid) -> str:
-    """Where each linear model passes the softmax model of its size."""
+    """Where each linear or hybrid model passes the softmax model of its size."""
     if grid.axis != "seq_len":
         return ""
     sentences = []
     for ours in grid.lines:
         for theirs in grid.lines:
-            if (ours.model.attention, theirs.model.attention) != ("lightning", "softmax"):
+            kind = attention_kind(ours.model)
+            if kind not in ("lightning", "hybrid") or attention_kind(theirs.model) != "softmax":
                 continue
             sizes = sorted(_body_parameters(line.model) for line in (ours, theirs))
             if ours.others == theirs.others and sizes[1] <= SAME_SIZE * sizes[0]:
-                sentences.append(f"- {ours.label} against {theirs.label}: {_crossover(ours, theirs)}")
+                name = f"{ours.label} (hybrid)" if kind == "hybrid" else ours.label
+                sentences.append(f"- {name} against {theirs.label}: {_crossover(ours, theirs)}")
     return "\n".join(["Crossover of speeds:", "", *sentences]) if sentences else ""
 
 
