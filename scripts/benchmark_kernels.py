@@ -48,9 +48,9 @@ from kernels.benchmark_timing import (
     kernel_times,
     time_interleaved,
 )
+from training import plots
 from training.command import run_command
 from training.errors import SettingError
-from training.plots import plain_ticks
 from training.tables import csv_text, markdown_table
 
 PARTS = ("all", "correctness", "lengths", "extras", "passes")
@@ -356,27 +356,23 @@ def print_rows(rows: list[Row]) -> None:
 
 def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
     """Milliseconds over N, log-log, with the floor; forward left, forward + backward right."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure, panels = plots.new_figure(num_columns=2)
     parts = [
         ("forward", "forward_ms", "forward_of_floor"),
         ("forward + backward", "forward_backward_ms", "forward_backward_of_floor"),
     ]
-    for axes, (title, ms, share) in zip(figure.subplots(1, 2), parts, strict=True):
+    for axes, (title, ms, share) in zip(panels, parts, strict=True):
         for name in dict.fromkeys(row.provider for row in rows):
             line = [row for row in rows if row.provider == name]
             axes.plot([r.length for r in line], [getattr(r, ms) for r in line], marker="o", label=name)
         ours = [row for row in rows if row.provider == "ours"]
         floor = [getattr(r, ms) * getattr(r, share) for r in ours]
         axes.plot([r.length for r in ours], floor, "k--", label=f"floor at {bandwidth / 1e9:.2f} TB/s")
-        axes.set(title=title, xlabel="N (tokens of a sequence)", ylabel="ms", yscale="log")
-        axes.set_xscale("log", base=2)
-        plain_ticks(axes.xaxis)
-        plain_ticks(axes.yaxis)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+        axes.set(title=title, ylabel="ms", yscale="log")
+        plots.length_axis(axes)
+        plots.plain_ticks(axes.yaxis)
+        axes.legend(fontsize="small")
+    plots.save(figure, path)
 
 
 def write_results(bench: Bench, checks: list[dict], rows: list[Row]) -> None:

@@ -6,7 +6,6 @@ crossed setting where there is one length only.
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 
 from data.files import explain_write_errors, write_atomically
 from models.config import ModelConfig
+from training import plots
 from training.config import CONFIG_DIR
 from training.sweep import Manifest, Point, SweepDefinition
 from training.tables import csv_text, markdown_table, provenance
@@ -73,9 +73,8 @@ def write_results(folder: Path, sweep: SweepDefinition, manifest: Manifest, poin
     with explain_write_errors(folder):
         write_atomically(folder / "results.csv", csv_text(rows).encode())
         write_atomically(folder / "table.md", table(sweep, grid, rows).encode())
-        (folder / "plots").mkdir(exist_ok=True)
-        for name, (key, title) in grid.plots().items():
-            plot(folder / "plots" / name, grid, key, title)
+    for name, (key, title) in grid.plots().items():
+        plot(folder / "plots" / name, grid, key, title)
 
 
 def rows_of(folder: Path, sweep: SweepDefinition, manifest: Manifest, points: list[Point]) -> list[dict]:
@@ -119,7 +118,7 @@ def attention_kind(model: ModelConfig) -> str:
 
 
 @dataclass(slots=True)
-class Line:
+class Series:
     """One line of the tables and plots: a model with its own and crossed settings.
 
     Attributes:
@@ -153,11 +152,11 @@ class Grid:
         self.places = list(dict.fromkeys(row[self.axis] for row in rows))
         if self.axis == "seq_len":
             self.places.sort()
-        lines: dict[str, Line] = {}
+        lines: dict[str, Series] = {}
         for point, row in zip(points, rows, strict=True):
             others = [f"{key}={value}" for key, value in point.crossed.items() if key != self.axis]
             label = " ".join([point.label, *others])
-            lines.setdefault(label, Line(label, point.config.model, others, {})).rows[row[self.axis]] = row
+            lines.setdefault(label, Series(label, point.config.model, others, {})).rows[row[self.axis]] = row
         self.lines = list(lines.values())
 
     @property
@@ -245,7 +244,7 @@ def _matrix(grid: Grid, key: str, form: str) -> str:
     return markdown_table([grid.axis, *heads], body, numeric=True)
 
 
-def _cell(line: Line, place: Any, values: dict[Any, float], form: str) -> str:
+def _cell(line: Series, place: Any, values: dict[Any, float], form: str) -> str:
     if place in values:
         return form.format(values[place])
     return CELLS.get(line.rows[place]["status"], "–") if place in line.rows else "–"
@@ -278,7 +277,7 @@ def _body_parameters(model: ModelConfig) -> int:
     return replace(model, vocab_size=1).num_parameters()
 
 
-def _crossover(ours: Line, theirs: Line) -> str:
+def _crossover(ours: Series, theirs: Series) -> str:
     """From which length on `ours` is faster, interpolated on log scales between measured lengths."""
     our_speeds, their_speeds = ours.values("tokens_per_second"), theirs.values("tokens_per_second")
     lengths = sorted(our_speeds.keys() & their_speeds.keys())
@@ -299,11 +298,10 @@ def _crossover(ours: Line, theirs: Line) -> str:
 
 def plot(path: Path, grid: Grid, key: str, title: str) -> None:
     """Draw a column over the axis, one line per model, as PNG and SVG; crosses at the foot say OOM."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    figure = Figure(figsize=(8, 5 + 0.18 * len(grid.lines)), layout="constrained")  # the legend is below
-    axes = figure.add_subplot()
+    height = 5 + 0.18 * len(grid.lines)  # the legend is below
+    figure, (axes,) = plots.new_figure(f"{grid.sweep.name}: {title}", height=height)
     numeric = _numbers(grid.places)
     num_lost = 0  # lines with a point out of memory so far
     for index, line in enumerate(grid.lines):
@@ -331,13 +329,9 @@ def plot(path: Path, grid: Grid, key: str, title: str) -> None:
     axes.set_xlabel("sequence length (tokens)" if grid.axis == "seq_len" else grid.axis)
     axes.set_ylabel(title)
     axes.yaxis.set_major_formatter("{x:,.10g}")
-    axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", frameon=False, fontsize="small")
-    axes.set_title(f"{grid.sweep.name}: {title}")
-    for suffix in ("png", "svg"):
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format=suffix, dpi=150)
-        write_atomically(path.with_suffix(f".{suffix}"), drawn.getvalue())
+    for suffix in (".png", ".svg"):
+        plots.save(figure, path.with_suffix(suffix))
 
 
 def _numbers(places: list) -> dict[Any, float]:
