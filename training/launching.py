@@ -14,9 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from training.distributed import free_port
@@ -145,18 +147,14 @@ def start_process(
         )
 
 
-def processes_of(folders: list[Path]) -> list[int]:
-    """Living processes that carry one of the folders in SWEEP_POINT; zombies have no environment."""
-    marks = {f"{MARKER}={folder}".encode() for folder in folders}
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            variables = entry.read_bytes().split(b"\0")
-        except OSError:  # ended, or another user's
-            continue
-        if not marks.isdisjoint(variables):
-            found.append(int(entry.parent.name))
-    return found
+def processes_of(folders: list[Path]) -> list[psutil.Process]:
+    """Living processes that carry one of the folders in SWEEP_POINT, each with its `info`.
+
+    Those that end meanwhile are left out, and so are zombies and other users': they show no environment.
+    """
+    marks = {str(folder) for folder in folders}
+    processes = psutil.process_iter(["environ", "cmdline"])
+    return [process for process in processes if (process.info["environ"] or {}).get(MARKER) in marks]
 
 
 def stop_processes(folders: list[Path], patience_seconds: float = STOP_SECONDS) -> None:
@@ -168,11 +166,9 @@ def stop_processes(folders: list[Path], patience_seconds: float = STOP_SECONDS) 
     signals = [(signal.SIGTERM, patience_seconds)] if patience_seconds else []
     for number, patience in [*signals, (signal.SIGKILL, STOP_SECONDS)]:
         deadline = time.monotonic() + patience
-        for pid in processes_of(folders):
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
+        for process in processes_of(folders):
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
         while processes_of(folders):
             if time.monotonic() > deadline:
                 break
