@@ -75,22 +75,22 @@ HEADER = (
 
 @dataclass(kw_only=True, slots=True)
 class KernelBenchmarkConfig:
-    """What to compare and where to write; `null` lengths and tokens are chosen for the device."""
+    """What to compare, and where to write."""
 
     only: str = "all"  # all, correctness, lengths, extras, passes
-    extras: list[str] = field(default_factory=lambda: list(EXTRAS))  # which of them
-    quick: bool = False
-    output: str = "outputs/benchmark_kernels"
-    lengths: list[int] | None = None  # N; the batch is tokens / N
-    tokens: int | None = None
-    heads: int = 16
-    k_dim: int = 128
-    v_dim: int = 128
-    dtype: str | None = None  # bf16, fp16, fp32
+    extras: list[str] = field(default_factory=lambda: list(EXTRAS))  # which extra cases to check and time
+    quick: bool = False  # fewer lengths and rounds
+    output: str = "outputs/benchmark_kernels"  # folder of the results
+    lengths: list[int] | None = None  # N; the batch is tokens / N; null: chosen for the device
+    tokens: int | None = None  # of all sequences together; null: chosen for the device
+    heads: int = 16  # H
+    k_dim: int = 128  # Dk, features per head of q and k
+    v_dim: int = 128  # Dv, features per head of v
+    dtype: str | None = None  # bf16, fp16, fp32; null: bf16 on a GPU, fp32 on a CPU
     providers: list[str] | None = None  # names from the table; null: all that are installed
     quadratic_max_length: int = 32768  # softmax attention is not timed beyond
-    rounds: int = 10
-    seed: int = 0
+    rounds: int = 10  # turns of each provider, of which figures are medians
+    seed: int = 0  # of the random inputs
 
     def __post_init__(self) -> None:
         if self.only not in PARTS:

@@ -63,21 +63,21 @@ COLUMNS = (
 
 @dataclass(kw_only=True, slots=True)
 class TrainingBenchmarkConfig:
-    """What to time. `settings` are further settings of train.py for every point."""
+    """What to time, and for how long."""
 
-    models: list[str] = field(default_factory=lambda: list(MODELS))
-    ways: list[str] = field(default_factory=lambda: ["engine"])
-    seq_lens: list[int] = field(default_factory=lambda: [2048, 8192, 32768])
+    models: list[str] = field(default_factory=lambda: list(MODELS))  # model= choices
+    ways: list[str] = field(default_factory=lambda: ["engine"])  # ways to run, as listed above
+    seq_lens: list[int] = field(default_factory=lambda: [2048, 8192, 32768])  # each divides tokens
     tokens: int = 65536  # per step
     micro_tokens: int | None = None  # per micro-step, a whole number of sequences; null: all at once
-    vocab_size: int = 64000
-    engine: str = "zero1"
+    vocab_size: int = 64000  # of every model
+    engine: str = "zero1"  # engine= choice
     warmup_steps: int = 3  # for compilation and clocks
     steps: int = 10  # timed
-    settings: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)  # further settings of train.py for every point
     limit_seconds: float = 600.0  # a point that takes longer is ended, and the next one starts
     profile: bool = False  # also print each point's GPU time by kernel
-    output: str = "outputs/benchmark_training"
+    output: str = "outputs/benchmark_training"  # folder of the results
     point: str | None = None  # the JSON of one point: what the script passes to its own processes
 
     def __post_init__(self) -> None:

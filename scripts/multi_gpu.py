@@ -32,6 +32,7 @@ TOKENS_PER_GPU = 65536
 # The runs are the first steps of a longer one, whose warm-up has the default's 1,000 steps. In a shorter one
 # learning rates are large early, and a single weight's other rounding grows to 2e-2 of loss in 30 steps.
 SCHEDULE_STEPS = 10_000
+ENGINES = ("zero0", "zero1", "zero2", "zero3")
 PARTS = ("runs", "kill")
 
 
@@ -39,19 +40,19 @@ PARTS = ("runs", "kill")
 class MultiGpuConfig:
     """What to run, and on how many GPUs."""
 
-    run_dir: str = "outputs/multi_gpu"
+    run_dir: str = "outputs/multi_gpu"  # folder of the runs and their results
     num_gpus: int | None = None  # the most to use; null: all that are free. On a CPU: ranks
     models: list[str] = field(default_factory=lambda: ["tnl-385m", "tnl-1b"])  # as sweep.models
-    engines: list[str] = field(default_factory=lambda: ["zero0", "zero1", "zero2", "zero3"])
+    engines: list[str] = field(default_factory=lambda: list(ENGINES))  # engine= choices on several GPUs
     reference_engine: str = "zero1"  # of the runs on one GPU
-    seq_len: int = 8192
+    seq_len: int = 8192  # tokens of a sequence
     batch_tokens: int | None = None  # tokens of a step in every run; null: 65536 for each of num_gpus
-    steps: int = 50
+    steps: int = 50  # optimizer steps of every run
     skip_steps: int = 10  # first steps that speeds leave out
     settings: list[str] = field(default_factory=list)  # of every run: data, tokenizer, micro_batch_size
     parts: list[str] = field(default_factory=lambda: list(PARTS))  # what to do, in this order
     kill_after: int = 10  # steps; the first model's run is saved then, killed, and goes on from there
-    kill_engine: str = "zero1"
+    kill_engine: str = "zero1"  # of the run that is killed; one of engines
     retry: list[str] = field(default_factory=list)  # statuses to run again: failed, oom, done
 
     def __post_init__(self) -> None:

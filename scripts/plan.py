@@ -32,9 +32,9 @@ GIB = 2**30
 class PlanConfig(PlannedConfig):
     """A run, and the GPUs to plan it for."""
 
-    gpu: str = "h100"
+    gpu: str = "h100"  # name of a GPU, as h100
     gpu_memory_gib: float | None = None  # instead of what `gpu` has
-    num_gpus: int = 1
+    num_gpus: int = 1  # GPUs that the run is spread over
     assumed_mfu: float = 0.4  # share of the GPU's peak that the model's FLOPs reach
     tokens: float | None = None  # tokens to train on; null: max_steps * batch_tokens
 

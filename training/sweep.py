@@ -51,12 +51,12 @@ class SweepDefinition:
         SweepDefinition(models=["tnl-tiny", "tnl-tiny model.attention=quadratic"], seq_lens=[256, 512])
     """
 
-    name: str = "custom"
+    name: str = "custom"  # for titles and the default run_dir
     models: list[str] = field(default_factory=list)  # each a model= choice, then settings of its own
     seq_lens: list[int] = field(default_factory=list)  # tokens
     batch_tokens: int = 131072  # tokens of an optimizer step, the same at every length
     micro_tokens: int | None = None  # tokens of a micro-step on each GPU, or one sequence; null: what fits
-    steps: int = 30
+    steps: int = 30  # optimizer steps of each point
     skip_steps: int = 10  # first steps that speeds leave out: compilation and warm-up
     engine: str = "zero1"  # engine= choice
     num_gpus: int = 1  # GPUs of a point; on a CPU its processes
