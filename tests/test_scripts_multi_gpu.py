@@ -23,9 +23,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_numbers_of_gpus():
-    assert gpu_counts(2) == [1, 2]
-    assert gpu_counts(6) == [1, 2, 4, 6]
-    assert gpu_counts(8) == [1, 2, 4, 8]
+    assert gpu_counts([], 2) == [1, 2]
+    assert gpu_counts([], 6) == [1, 2, 4, 6]
+    assert gpu_counts([], 8) == [1, 2, 4, 8]
+    assert gpu_counts([4, 1, 4], 4) == [1, 4]
+
+
+@pytest.mark.parametrize("counts", [[4], [1, 2], [0, 1, 4], [1, 4, 8]])
+def test_counts_need_the_reference_and_all_gpus(counts):
+    with pytest.raises(SettingError, match=r"counts=\[.*\] must lie from 1 to num_gpus=4"):
+        gpu_counts(counts, 4)
+    with pytest.raises(SettingError, match="num_gpus=4"):
+        main(MultiGpuConfig(num_gpus=4, counts=counts))
 
 
 @pytest.mark.parametrize(
