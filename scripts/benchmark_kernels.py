@@ -427,7 +427,7 @@ def main(config: KernelBenchmarkConfig) -> int:
         for extra in time_extras(bench, providers):
             print_rows(extra)
             rows += extra
-            write_results(bench, checks, rows)  # already now: the rest takes minutes
+            write_results(bench, checks, rows)  # before the rest, which takes minutes
     ours = next((p for p in providers if p.name == "ours"), None)
     if config.only in ("all", "passes") and device == "cuda" and ours:
         print_passes(bench, ours)

@@ -127,7 +127,7 @@ def main(config: TrainingBenchmarkConfig) -> int:
 
 
 def run_point(point: dict, limit_seconds: float) -> dict:
-    """One point in a fresh process; a point that fails is recorded, and the others go on."""
+    """One point in a fresh process; a point that fails is recorded, and the others still run."""
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("output=")]
     command = [sys.executable, "-m", "scripts.benchmark_training", *arguments, f"point={json.dumps(point)}"]
     row = dict.fromkeys(COLUMNS) | point

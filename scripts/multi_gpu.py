@@ -1,7 +1,7 @@
 """Training on several GPUs against one: losses, speed and memory at every ZeRO stage, and a killed rank.
 
     python -m scripts.multi_gpu run_dir=outputs/multi_gpu
-    python -m scripts.multi_gpu run_dir=outputs/multi_gpu counts=[1,4]     on four GPUs, without the runs on two
+    python -m scripts.multi_gpu run_dir=outputs/multi_gpu counts=[1,4]   without the runs on two of four GPUs
 
 or, rehearsed on a CPU,
 
@@ -31,7 +31,7 @@ from training.sweep_command import run_sweep
 
 TOKENS_PER_GPU = 65536
 # The runs are the first steps of a longer one, whose warm-up has the default's 1,000 steps. In a shorter one
-# learning rates are large early, and a single weight's other rounding grows to 2e-2 of loss in 30 steps.
+# learning rates are large early, and another rounding of a single weight grows to 2e-2 of loss in 30 steps.
 SCHEDULE_STEPS = 10_000
 ENGINES = ("zero0", "zero1", "zero2", "zero3")
 PARTS = ("runs", "kill")
@@ -50,7 +50,7 @@ class MultiGpuConfig:
     seq_len: int = 8192  # tokens of a sequence
     batch_tokens: int | None = None  # tokens of a step in every run; null: 65536 for each of num_gpus
     steps: int = 50  # optimizer steps of every run
-    skip_steps: int = 10  # first steps that speeds leave out
+    skip_steps: int = 10  # first steps left out of speeds
     settings: list[str] = field(default_factory=list)  # of every run: data, tokenizer, micro_batch_size
     parts: list[str] = field(default_factory=lambda: list(PARTS))  # what to do, in this order
     kill_after: int = 10  # steps; the first model's run is saved then, killed, and resumed from there
@@ -126,8 +126,8 @@ def gpu_counts(counts: list[int], num_gpus: int) -> list[int]:
         counts = [2**power for power in range(num_gpus.bit_length())] + [num_gpus]
     elif min(counts) != 1 or max(counts) != num_gpus:
         raise SettingError(
-            f"counts={counts} must lie from 1 to num_gpus={num_gpus} and have both: runs on one GPU are the "
-            "reference, and those on all are killed and resumed."
+            f"counts={counts} must lie between 1 and num_gpus={num_gpus} and include both: one GPU is the "
+            "reference, and the run on all is killed and resumed."
         )
     return sorted(set(counts))
 

@@ -378,7 +378,7 @@ def marked_processes(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_points_and_the_sweep_goes_on_later(tmp_path, number):
+def test_a_signal_stops_the_points_and_the_sweep_continues_later(tmp_path, number):
     driver = start_driver(tmp_path)
     driver.send_signal(number)
     printed, _ = driver.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""Commands as processes of their own on free GPUs: starting, finding and stopping them.
+"""Commands in processes of their own on free GPUs: starting, finding and stopping them.
 
 Every process that such a command starts carries a folder in the environment variable SWEEP_POINT. That is how
 a launcher's workers are found when they have to stop, also those that a killed command left behind.
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKER = "SWEEP_POINT"
 POLL_SECONDS = 0.2
 STOP_SECONDS = 60.0  # from SIGTERM to SIGKILL; DeepSpeed's launcher gives its workers 30
-FREE_SHARE = 0.95  # a GPU with this much of its memory free is nobody else's
+FREE_SHARE = 0.95  # a GPU with this much of its memory free is not used by others
 TAIL_BYTES = 64 * 2**10  # of a log, where the reason of a failure is looked for
 
 
@@ -41,7 +41,7 @@ class Device:
 
 
 def free_devices() -> list[Device]:
-    """The GPUs that nobody uses, or one place on the CPU where there is no GPU.
+    """The GPUs that are not in use, or one place on the CPU where there is no GPU.
 
     Raises:
         SettingError: there are GPUs, but all are in use.
@@ -70,7 +70,7 @@ import json, torch
 gpus = []
 for index in range(torch.cuda.device_count()):
     free, total = torch.cuda.mem_get_info(index)
-    own = 2**30  # what this very question takes, at most
+    own = 2**30  # what this query itself takes, at most
     name = torch.cuda.get_device_name(index)
     gpus.append({"name": name, "free": min(free + own, total), "total": total})
 print(json.dumps(gpus))
@@ -150,7 +150,7 @@ def start_process(
 def processes_of(folders: list[Path]) -> list[psutil.Process]:
     """Living processes that carry one of the folders in SWEEP_POINT, each with its `info`.
 
-    Those that end meanwhile are left out, and so are zombies and other users': they show no environment.
+    Zombies and other users' processes are left out, since their environment can't be read.
     """
     marks = {str(folder) for folder in folders}
     processes = psutil.process_iter(["environ", "cmdline"])

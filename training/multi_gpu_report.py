@@ -35,7 +35,7 @@ def write_multi_gpu_report(
     points: dict[int, list[Point]],
     kill: RankKill | None,
 ) -> None:
-    """Write table.md, results.csv and plot.png into `folder` from what is there so far.
+    """Write table.md, results.csv and plot.png into `folder` from the results so far.
 
     Args:
         sweeps, points: by number of GPUs; those on one GPU are what the others are compared with.
@@ -83,7 +83,7 @@ def _against(row: dict[str, Any], run_folder: Path, reference: dict[str, Any]) -
     differences = _differences(ours, theirs)
     return {
         "steps_compared": len(differences),
-        # a step without a finite loss is no step like the other's
+        # runs with different logged steps count as infinitely far apart
         "max_loss_difference": max(differences.values()) if ours.keys() == theirs.keys() else math.inf,
         "share_of_one_gpu": row["tokens_per_second_per_gpu"] / reference["tokens_per_second_per_gpu"],
     }

@@ -1,4 +1,4 @@
-"""Kill one rank of a run, go on with fewer GPUs and then with more, and compare with the run never stopped.
+"""Kill one rank of a run, resume it on fewer GPUs and then on more, and compare it with one never stopped.
 
 Legs, all in one run folder: (1) all GPUs, saved at step K, one worker killed with SIGKILL two steps later;
 (2) half of the GPUs for K steps from the checkpoint; (3) all GPUs from there to the end. Before legs 2 and 3
@@ -50,10 +50,10 @@ class LegFailed(RuntimeError):
 
 @dataclass(slots=True)
 class RankKill:
-    """One such test.
+    """A test that kills one rank.
 
     Attributes:
-        folder: its own; the run is in run/, its logs beside it, the result in kill.json.
+        folder: of this test; the run is in run/, its logs next to it, the result in kill.json.
         point: the settings of the run.
         uninterrupted: the folder of the same run on all GPUs that was never stopped.
         kill_after: K, steps.

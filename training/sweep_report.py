@@ -335,7 +335,7 @@ def plot(path: Path, grid: Grid, key: str, title: str) -> None:
 
 
 def _numbers(places: list) -> dict[Any, float]:
-    """Where each place lies on the x axis: at its value, or if one is no positive number, in a row."""
+    """Where each place lies on the x axis: at its value, or evenly spaced if one is not a positive number."""
     if _categories(places):
         return {place: float(index) for index, place in enumerate(places)}
     return {place: float(place) for place in places}
