@@ -48,9 +48,9 @@ from kernels.benchmark_timing import (
     kernel_times,
     time_interleaved,
 )
+from training import plots
 from training.command import run_command
 from training.errors import SettingError
-from training.plots import plain_ticks
 from training.tables import csv_text, markdown_table
 
 PARTS = ("all", "correctness", "lengths", "extras", "passes")
@@ -75,22 +75,22 @@ HEADER = (
 
 @dataclass(kw_only=True, slots=True)
 class KernelBenchmarkConfig:
-    """What to compare and where to write; `null` lengths and tokens are chosen for the device."""
+    """What to compare, and where to write."""
 
     only: str = "all"  # all, correctness, lengths, extras, passes
-    extras: list[str] = field(default_factory=lambda: list(EXTRAS))  # which of them
-    quick: bool = False
-    output: str = "outputs/benchmark_kernels"
-    lengths: list[int] | None = None  # N; the batch is tokens / N
-    tokens: int | None = None
-    heads: int = 16
-    k_dim: int = 128
-    v_dim: int = 128
-    dtype: str | None = None  # bf16, fp16, fp32
+    extras: list[str] = field(default_factory=lambda: list(EXTRAS))  # which extra cases to check and time
+    quick: bool = False  # fewer lengths and rounds
+    output: str = "outputs/benchmark_kernels"  # folder of the results
+    lengths: list[int] | None = None  # N; the batch is tokens / N; null: chosen for the device
+    tokens: int | None = None  # of all sequences together; null: chosen for the device
+    heads: int = 16  # H
+    k_dim: int = 128  # Dk, features per head of q and k
+    v_dim: int = 128  # Dv, features per head of v
+    dtype: str | None = None  # bf16, fp16, fp32; null: bf16 on a GPU, fp32 on a CPU
     providers: list[str] | None = None  # names from the table; null: all that are installed
     quadratic_max_length: int = 32768  # softmax attention is not timed beyond
-    rounds: int = 10
-    seed: int = 0
+    rounds: int = 10  # turns of each provider, of which figures are medians
+    seed: int = 0  # of the random inputs
 
     def __post_init__(self) -> None:
         if self.only not in PARTS:
@@ -356,27 +356,23 @@ def print_rows(rows: list[Row]) -> None:
 
 def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
     """Milliseconds over N, log-log, with the floor; forward left, forward + backward right."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure, panels = plots.new_figure(num_columns=2)
     parts = [
         ("forward", "forward_ms", "forward_of_floor"),
         ("forward + backward", "forward_backward_ms", "forward_backward_of_floor"),
     ]
-    for axes, (title, ms, share) in zip(figure.subplots(1, 2), parts, strict=True):
+    for axes, (title, ms, share) in zip(panels, parts, strict=True):
         for name in dict.fromkeys(row.provider for row in rows):
             line = [row for row in rows if row.provider == name]
             axes.plot([r.length for r in line], [getattr(r, ms) for r in line], marker="o", label=name)
         ours = [row for row in rows if row.provider == "ours"]
         floor = [getattr(r, ms) * getattr(r, share) for r in ours]
         axes.plot([r.length for r in ours], floor, "k--", label=f"floor at {bandwidth / 1e9:.2f} TB/s")
-        axes.set(title=title, xlabel="N (tokens of a sequence)", ylabel="ms", yscale="log")
-        axes.set_xscale("log", base=2)
-        plain_ticks(axes.xaxis)
-        plain_ticks(axes.yaxis)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+        axes.set(title=title, ylabel="ms", yscale="log")
+        plots.length_axis(axes)
+        plots.plain_ticks(axes.yaxis)
+        axes.legend(fontsize="small")
+    plots.save(figure, path)
 
 
 def write_results(bench: Bench, checks: list[dict], rows: list[Row]) -> None:
@@ -431,7 +427,7 @@ def main(config: KernelBenchmarkConfig) -> int:
         for extra in time_extras(bench, providers):
             print_rows(extra)
             rows += extra
-            write_results(bench, checks, rows)  # already now: the rest takes minutes
+            write_results(bench, checks, rows)  # before the rest, which takes minutes
     ours = next((p for p in providers if p.name == "ours"), None)
     if config.only in ("all", "passes") and device == "cuda" and ours:
         print_passes(bench, ours)

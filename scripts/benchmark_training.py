@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from data.loader import Batch
 from models.layers import LMHead
 from models.transnormer import TransNormer
+from training import plots
 from training.command import run_command
 from training.config import TrainConfig, compose
 from training.distributed import World, process_group
@@ -40,7 +41,6 @@ from training.engine import Engine, compile_for_any_documents
 from training.errors import SettingError
 from training.metrics import peak_flops, peak_memory_gib
 from training.optimizer import parameter_groups
-from training.plots import plain_ticks
 from training.tables import csv_text, markdown_table
 
 MODELS = ("tnl-385m", "tnl-1b", "llama-385m", "llama-1b")
@@ -63,21 +63,21 @@ COLUMNS = (
 
 @dataclass(kw_only=True, slots=True)
 class TrainingBenchmarkConfig:
-    """What to time. `settings` are further settings of train.py for every point."""
+    """What to time, and for how long."""
 
-    models: list[str] = field(default_factory=lambda: list(MODELS))
-    ways: list[str] = field(default_factory=lambda: ["engine"])
-    seq_lens: list[int] = field(default_factory=lambda: [2048, 8192, 32768])
+    models: list[str] = field(default_factory=lambda: list(MODELS))  # model= choices
+    ways: list[str] = field(default_factory=lambda: ["engine"])  # ways to run, as listed above
+    seq_lens: list[int] = field(default_factory=lambda: [2048, 8192, 32768])  # each divides tokens
     tokens: int = 65536  # per step
     micro_tokens: int | None = None  # per micro-step, a whole number of sequences; null: all at once
-    vocab_size: int = 64000
-    engine: str = "zero1"
+    vocab_size: int = 64000  # of every model
+    engine: str = "zero1"  # engine= choice
     warmup_steps: int = 3  # for compilation and clocks
     steps: int = 10  # timed
-    settings: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)  # further settings of train.py for every point
     limit_seconds: float = 600.0  # a point that takes longer is ended, and the next one starts
     profile: bool = False  # also print each point's GPU time by kernel
-    output: str = "outputs/benchmark_training"
+    output: str = "outputs/benchmark_training"  # folder of the results
     point: str | None = None  # the JSON of one point: what the script passes to its own processes
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ def main(config: TrainingBenchmarkConfig) -> int:
 
 
 def run_point(point: dict, limit_seconds: float) -> dict:
-    """One point in a fresh process; a point that fails is recorded, and the others go on."""
+    """One point in a fresh process; a point that fails is recorded, and the others still run."""
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("output=")]
     command = [sys.executable, "-m", "scripts.benchmark_training", *arguments, f"point={json.dumps(point)}"]
     row = dict.fromkeys(COLUMNS) | point
@@ -329,23 +329,21 @@ def write_results(folder: Path, config: TrainingBenchmarkConfig, rows: list[dict
 
 def plot_speed(path: Path, rows: list[dict]) -> None:
     """Tokens per second over sequence length, a line for each model and way."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="sequence length, tokens", ylabel="tokens per second")
-    axes.set_xscale("log", base=2)
-    plain_ticks(axes.xaxis)
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    figure, (axes,) = plots.new_figure()
     done = [row for row in rows if row["status"] == "ok"]
     for model, way in dict.fromkeys((row["model"], row["way"]) for row in done):
         points = [row for row in done if (row["model"], row["way"]) == (model, way)]
         points.sort(key=lambda row: row["seq_len"])
         speeds = [row["tokens_per_second"] for row in points]
         axes.plot([row["seq_len"] for row in points], speeds, marker="o", label=f"{model}, {way}")
-    axes.set_ylim(0, 1.08 * max((row["tokens_per_second"] for row in done), default=1))
+    plots.length_axis(axes)
+    axes.set(
+        ylabel="tokens per second", ylim=(0, 1.08 * max((r["tokens_per_second"] for r in done), default=1))
+    )
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     if done:
         axes.legend()
-    figure.savefig(path, dpi=120)
+    plots.save(figure, path)
 
 
 def _format(value: object) -> str:

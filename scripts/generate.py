@@ -3,12 +3,7 @@
     python -m scripts.generate checkpoint=outputs/x prompt="def "
     python -m scripts.generate checkpoint=outputs/x prompt="def " temperature=0 max_tokens=1000
 
-checkpoint is a run folder (its newest valid checkpoint), one checkpoint or an export. The text ends where the
-model writes its end of text, or after max_tokens. Memory stays constant with linear attention.
-temperature=0 takes the likeliest token each time; otherwise the next one is drawn among the top_k likeliest
-(0: all) and of these among the likeliest that together reach the probability top_p. The same seed gives the
-same text. device is auto (a GPU if there is one), cpu or cuda; precision is bf16 or fp32, null for that of
-training.
+Memory stays constant with linear attention. The same settings and seed give the same text.
 """
 
 from collections.abc import Iterator
@@ -28,15 +23,15 @@ from training.weights import check_precision, find_model, load_model
 class GenerateConfig:
     """What to continue, with which model, and how the tokens are drawn."""
 
-    checkpoint: str | None = None
-    prompt: str = ""
-    max_tokens: int = 256
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    device: str = "auto"
-    precision: str | None = None
+    checkpoint: str | None = None  # a run folder (its newest valid checkpoint), one checkpoint or an export
+    prompt: str = ""  # the text to continue
+    max_tokens: int = 256  # the most to generate; the model's end of text ends it earlier
+    temperature: float = 0.8  # 0: the likeliest token each time
+    top_k: int = 0  # draw among this many of the likeliest tokens; 0: all
+    top_p: float = 1.0  # and of these among the likeliest that together reach this probability
+    seed: int = 0  # of what is drawn
+    device: str = "auto"  # auto (a GPU if there is one), cpu, cuda
+    precision: str | None = None  # bf16, fp32; null: that of training
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

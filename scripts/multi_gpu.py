@@ -1,15 +1,16 @@
 """Training on several GPUs against one: losses, speed and memory at every ZeRO stage, and a killed rank.
 
     python -m scripts.multi_gpu run_dir=outputs/multi_gpu
+    python -m scripts.multi_gpu run_dir=outputs/multi_gpu counts=[1,4]   without the runs on two of four GPUs
 
 or, rehearsed on a CPU,
 
     python -m scripts.multi_gpu num_gpus=2 models=[tnl-tiny] seq_len=128 batch_tokens=2048 steps=12 \\
         skip_steps=3 kill_after=3 'settings=["tokenizer=bytes"]'
 
-Trains every model for the same steps on the same data: on one GPU with the reference engine, and at each
-number of GPUs (2, 4, 8 up to num_gpus) with each engine. Then a rank is killed (SIGKILL), and the run goes on
-with half of the GPUs, and after that with all of them again.
+Trains every model for the same steps on the same data: on one GPU with the reference engine, and on each
+larger number of GPUs (counts) with each engine. Then a rank is killed (SIGKILL), and the run continues with
+half of the GPUs, and after that with all of them again.
 
 Results after every run: table.md, results.csv, plot.png. The same command again runs what is missing.
 """
@@ -30,8 +31,9 @@ from training.sweep_command import run_sweep
 
 TOKENS_PER_GPU = 65536
 # The runs are the first steps of a longer one, whose warm-up has the default's 1,000 steps. In a shorter one
-# learning rates are large early, and a single weight's other rounding grows to 2e-2 of loss in 30 steps.
+# learning rates are large early, and another rounding of a single weight grows to 2e-2 of loss in 30 steps.
 SCHEDULE_STEPS = 10_000
+ENGINES = ("zero0", "zero1", "zero2", "zero3")
 PARTS = ("runs", "kill")
 
 
@@ -39,19 +41,20 @@ PARTS = ("runs", "kill")
 class MultiGpuConfig:
     """What to run, and on how many GPUs."""
 
-    run_dir: str = "outputs/multi_gpu"
+    run_dir: str = "outputs/multi_gpu"  # folder of the runs and their results
     num_gpus: int | None = None  # the most to use; null: all that are free. On a CPU: ranks
+    counts: list[int] = field(default_factory=list)  # GPU counts to run; empty: 1, 2, 4, … and num_gpus
     models: list[str] = field(default_factory=lambda: ["tnl-385m", "tnl-1b"])  # as sweep.models
-    engines: list[str] = field(default_factory=lambda: ["zero0", "zero1", "zero2", "zero3"])
+    engines: list[str] = field(default_factory=lambda: list(ENGINES))  # engine= choices on several GPUs
     reference_engine: str = "zero1"  # of the runs on one GPU
-    seq_len: int = 8192
+    seq_len: int = 8192  # tokens of a sequence
     batch_tokens: int | None = None  # tokens of a step in every run; null: 65536 for each of num_gpus
-    steps: int = 50
-    skip_steps: int = 10  # first steps that speeds leave out
+    steps: int = 50  # optimizer steps of every run
+    skip_steps: int = 10  # first steps left out of speeds
     settings: list[str] = field(default_factory=list)  # of every run: data, tokenizer, micro_batch_size
     parts: list[str] = field(default_factory=lambda: list(PARTS))  # what to do, in this order
-    kill_after: int = 10  # steps; the first model's run is saved then, killed, and goes on from there
-    kill_engine: str = "zero1"
+    kill_after: int = 10  # steps; the first model's run is saved then, killed, and resumed from there
+    kill_engine: str = "zero1"  # of the run that is killed; one of engines
     retry: list[str] = field(default_factory=list)  # statuses to run again: failed, oom, done
 
     def __post_init__(self) -> None:
@@ -78,7 +81,7 @@ class MultiGpuConfig:
 def main(config: MultiGpuConfig) -> int:
     """Run what is missing; 0 if all is done, 1 if a run failed, 75 if stopped."""
     num_gpus = config.num_gpus or _num_free()
-    sweeps = {count: _sweep(config, num_gpus, count) for count in gpu_counts(num_gpus)}
+    sweeps = {count: _sweep(config, num_gpus, count) for count in gpu_counts(config.counts, num_gpus)}
     points = {count: expand(sweep) for count, sweep in sweeps.items()}
     folder = Path(config.run_dir)
     uninterrupted = next(p for p in points[num_gpus] if p.crossed["engine"] == config.kill_engine)
@@ -113,9 +116,20 @@ def _num_free() -> int:
     return len(devices)
 
 
-def gpu_counts(num_gpus: int) -> list[int]:
-    """1, 2, 4, … and `num_gpus`."""
-    return sorted({2**power for power in range(num_gpus.bit_length()) if 2**power <= num_gpus} | {num_gpus})
+def gpu_counts(counts: list[int], num_gpus: int) -> list[int]:
+    """`counts` in order, or if there are none 1, 2, 4, … and `num_gpus`.
+
+    Raises:
+        SettingError: the reference on one GPU is missing, or `num_gpus`, or a count is out of range.
+    """
+    if not counts:
+        counts = [2**power for power in range(num_gpus.bit_length())] + [num_gpus]
+    elif min(counts) != 1 or max(counts) != num_gpus:
+        raise SettingError(
+            f"counts={counts} must lie between 1 and num_gpus={num_gpus} and include both: one GPU is the "
+            "reference, and the run on all is killed and resumed."
+        )
+    return sorted(set(counts))
 
 
 def _sweep(config: MultiGpuConfig, num_gpus: int, count: int) -> SweepDefinition:

@@ -8,6 +8,7 @@ Takes every setting of train.py, and gpu (or gpu_memory_gib), num_gpus, assumed_
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from textwrap import indent
 
 from training.command import reader_may_leave, run_command
 from training.config import TrainConfig
@@ -22,7 +23,7 @@ from training.memory import (
     ways_to_fit,
     with_vocabulary,
 )
-from training.metrics import duration
+from training.tables import aligned_table, duration
 
 GIB = 2**30
 
@@ -31,9 +32,9 @@ GIB = 2**30
 class PlanConfig(PlannedConfig):
     """A run, and the GPUs to plan it for."""
 
-    gpu: str = "h100"
+    gpu: str = "h100"  # name of a GPU, as h100
     gpu_memory_gib: float | None = None  # instead of what `gpu` has
-    num_gpus: int = 1
+    num_gpus: int = 1  # GPUs that the run is spread over
     assumed_mfu: float = 0.4  # share of the GPU's peak that the model's FLOPs reach
     tokens: float | None = None  # tokens to train on; null: max_steps * batch_tokens
 
@@ -59,16 +60,16 @@ def main(config: PlanConfig) -> None:
 
 def _model(config: PlanConfig) -> str:
     model = config.model
-    lines = [
+    head = (
         f"{model.name}: {model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads} heads, "
         f"channel mixer {model.glu_size}, vocabulary {model.vocab_size}, attention {model.attention}"
+    )
+    rows = [(name, f"{count:,}", "") for name, count in model.parameter_parts().items()]
+    rows += [
+        ("parameters", f"{model.num_parameters():,}", ""),
+        ("FLOPs per token", f"{model.flops_per_token(config.seq_len):.4g}", "(forward and backward)"),
     ]
-    lines += [f"  {name:<24}{count:>18,}" for name, count in model.parameter_parts().items()]
-    lines += [
-        f"  {'parameters':<24}{model.num_parameters():>18,}",
-        f"  {'FLOPs per token':<24}{model.flops_per_token(config.seq_len):>18.4g}  (forward and backward)",
-    ]
-    return "\n".join(lines)
+    return f"{head}\n{_figures(rows)}"
 
 
 def _memory(config: PlanConfig, per_gpu: int) -> str:
@@ -82,21 +83,26 @@ def _memory(config: PlanConfig, per_gpu: int) -> str:
             f"(batch_tokens={config.batch_tokens}, seq_len={config.seq_len}, num_gpus={config.num_gpus})."
         )
     parts = memory_parts(config, config.num_gpus, size)
-    lines = [
+    head = (
         f"Memory per GPU in GiB, ZeRO {config.engine.zero_stage}, {config.num_gpus} GPU(s), "
         f"micro-batch of {size} x {config.seq_len} tokens:"
-    ]
-    lines += [f"  {name:<24}{value / GIB:>18.2f}" for name, value in parts.items()]
+    )
+    rows = [(name, f"{value / GIB:.2f}", "") for name, value in parts.items()]
     peak_gib = sum(parts.values()) / GIB
-    lines += [f"  {'predicted peak':<24}{peak_gib:>18.2f}  of {memory_gib:g} ({peak_gib / memory_gib:.0%})"]
+    rows.append(("predicted peak", f"{peak_gib:.2f}", f"of {memory_gib:g} ({peak_gib / memory_gib:.0%})"))
     if largest:
-        lines += [f"  {'largest micro-batch':<24}{largest:>18}  sequences of the {per_gpu} a step"]
-    else:
-        lines += [
-            f"Does not fit: not even one sequence of {config.seq_len} tokens. Try",
-            f"{ways_to_fit(replace(config, micro_batch_size=1))}.",
-        ]
-    return "\n".join(lines)
+        rows.append(("largest micro-batch", str(largest), f"sequences of the {per_gpu} a step"))
+        return f"{head}\n{_figures(rows)}"
+    return (
+        f"{head}\n{_figures(rows)}\n"
+        f"Does not fit: not even one sequence of {config.seq_len} tokens. Try\n"
+        f"{ways_to_fit(replace(config, micro_batch_size=1))}."
+    )
+
+
+def _figures(rows: list[tuple[str, str, str]]) -> str:
+    """Lines of a name, its figure, and a note."""
+    return indent(aligned_table((), rows, alignment="<><"), "  ")
 
 
 def _time(config: PlanConfig) -> str:
@@ -109,15 +115,9 @@ def _time(config: PlanConfig) -> str:
         f"At an assumed MFU of {config.assumed_mfu:.0%} of {config.gpu}'s "
         f"{peak / 1e12:g} TFLOP/s: {speed:,.0f} tokens/s "
         f"({speed / config.num_gpus:,.0f} a GPU), {1000 * config.batch_tokens / speed:,.0f} ms a step;\n"
-        f"{tokens:,.0f} tokens take {_long_duration(tokens / speed)} "
+        f"{tokens:,.0f} tokens take {duration(tokens / speed)} "
         f"({config.num_gpus * tokens / speed / 3600:,.1f} GPU hours)."
     )
-
-
-def _long_duration(seconds: float) -> str:
-    """As metrics.duration, and days from two days on."""
-    days = seconds / 86400
-    return duration(seconds) if days < 2 else f"{days:,.1f} days"
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ LAUNCHERS = ("deepspeed", "python")
 class SweepConfig:
     """What to measure, and how to run it."""
 
-    run_dir: str = "outputs/sweep"
-    launcher: str = "deepspeed"
-    retry: list[str] = field(default_factory=list)
-    keep_checkpoints: bool = False
-    dry_run: bool = False
-    gpu: str | None = None
+    run_dir: str = "outputs/sweep"  # folder of the points, their results and sweep.json
+    launcher: str = "deepspeed"  # deepspeed; python: one process a point, without DeepSpeed's launcher
+    retry: list[str] = field(default_factory=list)  # statuses to run again: failed, oom, done
+    keep_checkpoints: bool = False  # of finished points
+    dry_run: bool = False  # list the points with predicted memory and time
+    gpu: str | None = None  # dry run: predict for this GPU instead of the machine's
     sweep: SweepDefinition = field(default_factory=SweepDefinition)
 
     def __post_init__(self) -> None:

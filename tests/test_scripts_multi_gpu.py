@@ -23,9 +23,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_numbers_of_gpus():
-    assert gpu_counts(2) == [1, 2]
-    assert gpu_counts(6) == [1, 2, 4, 6]
-    assert gpu_counts(8) == [1, 2, 4, 8]
+    assert gpu_counts([], 2) == [1, 2]
+    assert gpu_counts([], 6) == [1, 2, 4, 6]
+    assert gpu_counts([], 8) == [1, 2, 4, 8]
+    assert gpu_counts([4, 1, 4], 4) == [1, 4]
+
+
+@pytest.mark.parametrize("counts", [[4], [1, 2], [0, 1, 4], [1, 4, 8]])
+def test_counts_need_the_reference_and_all_gpus(counts):
+    with pytest.raises(SettingError, match=r"counts=\[.*\] must lie between 1 and num_gpus=4"):
+        gpu_counts(counts, 4)
+    with pytest.raises(SettingError, match="num_gpus=4"):
+        main(MultiGpuConfig(num_gpus=4, counts=counts))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +110,7 @@ def test_the_report_compares_with_one_gpu_and_marks_missed_goals(made_up):
     assert (folder / "plot.png").stat().st_size > 10_000
 
 
-def test_a_step_without_a_loss_is_as_far_from_one_gpu_s_as_can_be(made_up):
+def test_a_run_without_a_step_counts_as_infinitely_far_apart(made_up):
     folder, sweeps, points, kill = made_up
     metrics = next((folder / "gpus_2" / "points").glob("*zero2*")) / "metrics.jsonl"
     metrics.write_text("\n".join(metrics.read_text().splitlines()[:-1]) + "\n")
@@ -190,7 +199,7 @@ def assert_killed_and_resumed(folder: Path) -> None:
     assert "equal bit for bit" in (folder / "table.md").read_text()
 
 
-def test_a_rank_is_killed_and_the_run_goes_on_with_fewer_and_with_all(tmp_path, monkeypatch):
+def test_a_rank_is_killed_and_the_run_resumed_on_fewer_and_on_all(tmp_path, monkeypatch):
     """With ranks that only pretend to train."""
     started = []
 

@@ -378,7 +378,7 @@ def marked_processes(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_points_and_the_sweep_goes_on_later(tmp_path, number):
+def test_a_signal_stops_the_points_and_the_sweep_continues_later(tmp_path, number):
     driver = start_driver(tmp_path)
     driver.send_signal(number)
     printed, _ = driver.communicate(timeout=60)
@@ -466,6 +466,34 @@ def test_the_papers_figures_stand_beside_ours(tmp_path):
     text = table(sweep, Grid(sweep, points, rows), rows)
     assert "| *paper: TNL-LA2, 385m, A100 80G* | 38,615 | – | – |" in text
     assert "| tnl-385m | – | – | – |" in text
+
+
+def test_other_architectures_get_none_of_the_papers_figures(tmp_path):
+    models = ["tnl-385m", "tnl-385m model.softmax_every=4", "tnl-385m model.attention=softmax"]
+    models += ["tnl-tiny model.name=tnl-385m", "tnl-385m model.activation_checkpointing=full"]
+    sweep = definition(
+        models=models, seq_lens=[1024], batch_tokens=1024, cross=["model.gate=full,none"], steps=2
+    )
+    points = expand(sweep)
+    rows = rows_of(tmp_path, sweep, Manifest(tmp_path, sweep, points), points)
+    figures = [row["paper_tokens_per_second_per_gpu"] for row in rows]
+    assert figures == [38615, None, None, None, None, None, None, None, 38615, None]
+    assert [row["attention"] for row in rows[::2]] == [
+        "lightning",
+        "hybrid",
+        "softmax",
+        "lightning",
+        "lightning",
+    ]
+    assert "paper:" not in table(sweep, Grid(sweep, points[1:2], rows[1:2]), rows[1:2])
+
+
+def test_a_hybrid_is_named_as_one_where_it_passes_softmax(tmp_path):
+    models = ["tnl-tiny model.softmax_every=2", "tnl-tiny model.softmax_every=1", "llama-tiny"]
+    run(tmp_path, definition(models=models, seq_lens=[512, 1024], batch_tokens=4096), {})
+    text = (tmp_path / "table.md").read_text()
+    assert "- tnl-tiny softmax_every=2 (hybrid) against llama-tiny: " in text
+    assert "- tnl-tiny softmax_every=1" not in text
 
 
 def test_the_axis_is_the_crossed_setting_where_there_is_one_length(tmp_path):

@@ -1,4 +1,4 @@
-"""Commands as processes of their own on free GPUs: starting, finding and stopping them.
+"""Commands in processes of their own on free GPUs: starting, finding and stopping them.
 
 Every process that such a command starts carries a folder in the environment variable SWEEP_POINT. That is how
 a launcher's workers are found when they have to stop, also those that a killed command left behind.
@@ -14,9 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from training.distributed import free_port
@@ -26,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKER = "SWEEP_POINT"
 POLL_SECONDS = 0.2
 STOP_SECONDS = 60.0  # from SIGTERM to SIGKILL; DeepSpeed's launcher gives its workers 30
-FREE_SHARE = 0.95  # a GPU with this much of its memory free is nobody else's
+FREE_SHARE = 0.95  # a GPU with this much of its memory free is not used by others
 TAIL_BYTES = 64 * 2**10  # of a log, where the reason of a failure is looked for
 
 
@@ -39,7 +41,7 @@ class Device:
 
 
 def free_devices() -> list[Device]:
-    """The GPUs that nobody uses, or one place on the CPU where there is no GPU.
+    """The GPUs that are not in use, or one place on the CPU where there is no GPU.
 
     Raises:
         SettingError: there are GPUs, but all are in use.
@@ -68,7 +70,7 @@ import json, torch
 gpus = []
 for index in range(torch.cuda.device_count()):
     free, total = torch.cuda.mem_get_info(index)
-    own = 2**30  # what this very question takes, at most
+    own = 2**30  # what this query itself takes, at most
     name = torch.cuda.get_device_name(index)
     gpus.append({"name": name, "free": min(free + own, total), "total": total})
 print(json.dumps(gpus))
@@ -145,18 +147,14 @@ def start_process(
         )
 
 
-def processes_of(folders: list[Path]) -> list[int]:
-    """Living processes that carry one of the folders in SWEEP_POINT; zombies have no environment."""
-    marks = {f"{MARKER}={folder}".encode() for folder in folders}
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            variables = entry.read_bytes().split(b"\0")
-        except OSError:  # ended, or another user's
-            continue
-        if not marks.isdisjoint(variables):
-            found.append(int(entry.parent.name))
-    return found
+def processes_of(folders: list[Path]) -> list[psutil.Process]:
+    """Living processes that carry one of the folders in SWEEP_POINT, each with its `info`.
+
+    Zombies and other users' processes are left out, since their environment can't be read.
+    """
+    marks = {str(folder) for folder in folders}
+    processes = psutil.process_iter(["environ", "cmdline"])
+    return [process for process in processes if (process.info["environ"] or {}).get(MARKER) in marks]
 
 
 def stop_processes(folders: list[Path], patience_seconds: float = STOP_SECONDS) -> None:
@@ -168,11 +166,9 @@ def stop_processes(folders: list[Path], patience_seconds: float = STOP_SECONDS) 
     signals = [(signal.SIGTERM, patience_seconds)] if patience_seconds else []
     for number, patience in [*signals, (signal.SIGKILL, STOP_SECONDS)]:
         deadline = time.monotonic() + patience
-        for pid in processes_of(folders):
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
+        for process in processes_of(folders):
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
         while processes_of(folders):
             if time.monotonic() > deadline:
                 break

@@ -24,6 +24,7 @@ from data.files import explain_write_errors, open_regular, write_atomically
 from training.config import TrainConfig
 from training.errors import SettingError
 from training.gpus import find_gpu
+from training.tables import duration
 
 FILE_LIMIT_BYTES = 2**30  # of metrics.jsonl: three million lines
 LINE_LIMIT_BYTES = 2**20
@@ -187,14 +188,6 @@ class Console:
             self._bar.close()
         if self._log is not None:
             self._log.close()
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: 45 s, 12 min, 3 h 20 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class WandbRun:

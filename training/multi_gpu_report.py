@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import Any
 
 from data.files import explain_write_errors, write_atomically
+from training import plots
 from training.rank_kill import RankKill, losses
 from training.sweep import Manifest, Point, SweepDefinition
 from training.sweep_report import CELLS
@@ -35,7 +35,7 @@ def write_multi_gpu_report(
     points: dict[int, list[Point]],
     kill: RankKill | None,
 ) -> None:
-    """Write table.md, results.csv and plot.png into `folder` from what is there so far.
+    """Write table.md, results.csv and plot.png into `folder` from the results so far.
 
     Args:
         sweeps, points: by number of GPUs; those on one GPU are what the others are compared with.
@@ -44,7 +44,7 @@ def write_multi_gpu_report(
     with explain_write_errors(folder):
         write_atomically(folder / "results.csv", csv_text(rows).encode())
         write_atomically(folder / "table.md", _table(sweeps, rows, kill).encode())
-        write_atomically(folder / "plot.png", _plot(folder, rows, kill))
+    _plot(folder / "plot.png", rows, kill)
 
 
 def _rows(folder: Path, sweeps: dict[int, SweepDefinition], points: dict[int, list[Point]]) -> Rows:
@@ -83,7 +83,7 @@ def _against(row: dict[str, Any], run_folder: Path, reference: dict[str, Any]) -
     differences = _differences(ours, theirs)
     return {
         "steps_compared": len(differences),
-        # a step without a finite loss is no step like the other's
+        # runs with different logged steps count as infinitely far apart
         "max_loss_difference": max(differences.values()) if ours.keys() == theirs.keys() else math.inf,
         "share_of_one_gpu": row["tokens_per_second_per_gpu"] / reference["tokens_per_second_per_gpu"],
     }
@@ -176,12 +176,9 @@ def _kill_text(kill: RankKill) -> str:
     return "\n".join(lines) or "Not run yet."
 
 
-def _plot(folder: Path, rows: Rows, kill: RankKill | None) -> bytes:
-    """Loss difference to one GPU over steps, and share of one GPU's speed over GPUs, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+def _plot(path: Path, rows: Rows, kill: RankKill | None) -> None:
+    """Loss difference to one GPU over steps, and share of one GPU's speed over GPUs."""
+    figure, (left, right) = plots.new_figure(num_columns=2, height=4.8)
     done = [row for row in rows if row["status"] == "done"]
     references = {row["model"]: losses(Path(row["run_folder"])) for row in done if row["num_gpus"] == 1}
     for row in done:
@@ -196,17 +193,13 @@ def _plot(folder: Path, rows: Rows, kill: RankKill | None) -> bytes:
     lines: dict[tuple[str, str], dict[int, float]] = {}
     for row in done:
         if row["num_gpus"] > 1 and row["share_of_one_gpu"] is not None:
-            lines.setdefault((row["model"], row["engine"]), {1: 1.0})[row["num_gpus"]] = row[
-                "share_of_one_gpu"
-            ]
+            shares = lines.setdefault((row["model"], row["engine"]), {1: 1.0})
+            shares[row["num_gpus"]] = row["share_of_one_gpu"]
     for (model, engine), shares in lines.items():
         right.plot(list(shares), list(shares.values()), "o-", label=f"{model}, {engine}")
     right.set_xticks(sorted({row["num_gpus"] for row in rows}))
     right.set(xlabel="GPUs", ylabel="tokens/s per GPU, of one GPU's", ylim=(0, None))
     for axes in (left, right):
-        axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=7)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=150)
-    return drawn.getvalue()
+            axes.legend(fontsize=7)  # up to 24 lines
+    plots.save(figure, path)

@@ -1,4 +1,4 @@
-"""Kill one rank of a run, go on with fewer GPUs and then with more, and compare with the run never stopped.
+"""Kill one rank of a run, resume it on fewer GPUs and then on more, and compare it with one never stopped.
 
 Legs, all in one run folder: (1) all GPUs, saved at step K, one worker killed with SIGKILL two steps later;
 (2) half of the GPUs for K steps from the checkpoint; (3) all GPUs from there to the end. Before legs 2 and 3
@@ -8,7 +8,6 @@ scripts/check_loading.py.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from data.files import read_json_object, write_json
 from training.checkpoint import list_checkpoints, step_of
@@ -49,10 +50,10 @@ class LegFailed(RuntimeError):
 
 @dataclass(slots=True)
 class RankKill:
-    """One such test.
+    """A test that kills one rank.
 
     Attributes:
-        folder: its own; the run is in run/, its logs beside it, the result in kill.json.
+        folder: of this test; the run is in run/, its logs next to it, the result in kill.json.
         point: the settings of the run.
         uninterrupted: the folder of the same run on all GPUs that was never stopped.
         kill_after: K, steps.
@@ -134,7 +135,7 @@ class RankKill:
         victim = self._workers().get(self.num_gpus - 1)
         if victim is None:
             raise LegFailed("the worker to be killed has ended by itself")
-        os.kill(victim, signal.SIGKILL)
+        victim.kill()
         killed = time.monotonic()
         try:
             code = process.wait(GONE_SECONDS)
@@ -189,18 +190,14 @@ class RankKill:
         command, variables = launch_command(program, "deepspeed", num_gpus, devices)
         return start_process(command, variables, self.folder.resolve(), self.folder / f"{name}.log", ROOT)
 
-    def _workers(self) -> dict[int, int]:
-        """Rank to process of the workers that are alive; what they have started themselves is left out."""
-        workers: dict[int, int] = {}
-        for pid in sorted(processes_of([self.folder.resolve()]), reverse=True):
-            try:
-                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            except OSError:  # ended
-                continue
-            ranks = [int(text[5:]) for text in variables if text.startswith(b"RANK=")]
-            if ranks and any(word.endswith(b"train.py") for word in words):
-                workers[ranks[0]] = pid  # the first process of a rank comes last
+    def _workers(self) -> dict[int, psutil.Process]:
+        """The worker of each rank that is alive; what it has started itself is left out."""
+        workers: dict[int, psutil.Process] = {}
+        found = processes_of([self.folder.resolve()])
+        for process in sorted(found, key=lambda process: process.pid, reverse=True):
+            rank = process.info["environ"].get("RANK")
+            if rank and any(word.endswith("train.py") for word in process.info["cmdline"] or ()):
+                workers[int(rank)] = process  # the first process of a rank comes last
         return workers
 
     def _last_words(self, name: str) -> str:

@@ -56,7 +56,7 @@ def write_run_report(folder: RunFolder) -> None:
 
     Raises:
         SettingError: config.yaml is there but can't be read, or a file is a link.
-        DataError: the folder can't be written, or a file can't be one of a run.
+        DataError: the folder can't be written, or a file can't belong to a run.
     """
     folder.check_links()
     config = _read_config(folder.config) if folder.config.exists() else {}
@@ -79,10 +79,10 @@ def write_run_report(folder: RunFolder) -> None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The run's settings; what the report needs of them is of its kind.
+    """The run's settings; the settings that the report uses have been type-checked.
 
     Raises:
-        SettingError: it isn't.
+        SettingError: one has the wrong type.
     """
     config = load_saved_config(path)
     model_config_from(config, path)
@@ -90,7 +90,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     flat = flatten(config)
     wrong = [key for key, kind in kinds.items() if key in flat and type(flat[key]) is not kind]
     if wrong:
-        raise SettingError(f"{path}: {wrong[0]} is none that a run can have.")
+        raise SettingError(f"{path}: {wrong[0]} has the wrong type for a run's settings.")
     return config
 
 
@@ -162,7 +162,7 @@ def _summary(config: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
 
 
 def _figures(metrics: list[dict[str, Any]]) -> str:
-    """Table of the last values of each metric; of the training loss a mean: a step is of few texts."""
+    """Table of each metric's last value; training loss is averaged, since one step sees few texts."""
     last: dict[str, Any] = {}
     for line in metrics:
         last |= {key: value for key, value in line.items() if is_number(value)}
@@ -242,21 +242,21 @@ def _next_steps(folder: RunFolder, config: dict[str, Any]) -> str:
     path = shlex.quote(str(folder.path))
     prompt = shlex.quote(override("prompt", config.get("sample_prompt", "def ")))
     ways = {
-        "Resume, or train on with a larger max_steps:": _resume_command(folder, config),
+        "Resume, or train longer with a larger max_steps:": _resume_command(folder, config),
         "Score it with all of each document in sight (at other lengths with `seq_lens=[512,2048]`, on other "
         "text with `data=text data.path=FILE`):": f"python eval.py checkpoint={path} window=streaming",
-        "Let it write:": f"python -m scripts.generate checkpoint={path} {prompt}",
+        "Generate text:": f"python -m scripts.generate checkpoint={path} {prompt}",
         "Export it for Hugging Face transformers:": (
             f"python -m scripts.export_hf checkpoint={path} output={path}-hf"
         ),
         "Write this report again:": f"python -m scripts.report run_dir={path}",
     }
     blocks = [f"{what}\n\n{fenced(command, 'sh')}" for what, command in ways.items()]
-    return "## How to go on\n\n" + "\n\n".join(blocks)
+    return "## Next steps\n\n" + "\n\n".join(blocks)
 
 
 def _resume_command(folder: RunFolder, config: dict[str, Any]) -> str:
-    """The command that goes on with a run: its groups, and each setting that differs from their defaults."""
+    """The command that continues a run: its groups, and each setting that differs from their defaults."""
     flat = flatten(config)
     groups = {
         "model": flat.get("model.name"),

@@ -1,4 +1,4 @@
-"""A sweep: which training runs it consists of, and where each of them stands.
+"""A sweep: which training runs it consists of, and the status of each.
 
 `SweepDefinition` (the YAML files in configs/sweep/) crosses models, sequence lengths and any other settings
 into points, each one run of train.py. `Manifest` keeps their settings and results in sweep.json, so that the
@@ -51,13 +51,13 @@ class SweepDefinition:
         SweepDefinition(models=["tnl-tiny", "tnl-tiny model.attention=quadratic"], seq_lens=[256, 512])
     """
 
-    name: str = "custom"
+    name: str = "custom"  # for titles and the default run_dir
     models: list[str] = field(default_factory=list)  # each a model= choice, then settings of its own
     seq_lens: list[int] = field(default_factory=list)  # tokens
     batch_tokens: int = 131072  # tokens of an optimizer step, the same at every length
     micro_tokens: int | None = None  # tokens of a micro-step on each GPU, or one sequence; null: what fits
-    steps: int = 30
-    skip_steps: int = 10  # first steps that speeds leave out: compilation and warm-up
+    steps: int = 30  # optimizer steps of each point
+    skip_steps: int = 10  # first steps left out of speeds: compilation and warm-up
     engine: str = "zero1"  # engine= choice
     num_gpus: int = 1  # GPUs of a point; on a CPU its processes
     settings: list[str] = field(default_factory=list)  # of every point
@@ -151,7 +151,8 @@ def _point(sweep: SweepDefinition, label: str, seq_len: int, crossed: list[str],
         "eval_every": str(sweep.steps if sweep.evaluate else 0),
         "save_every": str(sweep.save_every),
         "sample_every": "0",
-        **({} if sweep.evaluate else {"eval_tokens": "1"}),  # start-up reads no validation documents
+        # a work-around: train.py evaluates at its last step whatever eval_every says; one token costs nothing
+        **({} if sweep.evaluate else {"eval_tokens": "1"}),
         # without checkpoints a stopped point starts again; its measurements come from one process
         "resume": "auto" if sweep.save_every else "never",
         "overwrite": "false" if sweep.save_every else "true",
@@ -243,7 +244,7 @@ def _check_same_sweep(
 
 
 def _check_links(folder: Path) -> None:
-    """Refuse a sweep's folder that leads out of itself: what is in it may come from elsewhere."""
+    """Refuse links in a sweep's folder, which may come from elsewhere."""
     for path in (folder / "points", folder / "plots", *folder.glob("points/*")):
         if path.is_symlink():
             raise SettingError(
@@ -253,7 +254,7 @@ def _check_links(folder: Path) -> None:
 
 
 def _is_record(record: Any) -> bool:
-    """Whether a point's record holds what `Runner` writes, each value of its kind."""
+    """Whether a point's record holds what `Runner` writes, each value of the right type."""
     if not isinstance(record, dict) or record.get("status") not in STATUSES:
         return False
     measured = record.get("measured")

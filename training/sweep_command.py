@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from training.errors import EXIT_PREEMPTED, SettingError
 from training.launching import Device, device_groups, free_devices, stop_processes
-from training.metrics import duration, read_metrics
+from training.metrics import read_metrics
 from training.run_folder import RunFolder
 from training.sweep import FINISHED, STATUSES, Manifest, Point, SweepDefinition
 from training.sweep_report import write_results
 from training.sweep_runner import Runner, point_command
+from training.tables import duration
 
 
 def run_sweep(

@@ -15,8 +15,8 @@ from training.memory import (
     resolve_micro_batch,
     with_vocabulary,
 )
-from training.metrics import duration
 from training.sweep import Point, SweepDefinition
+from training.tables import aligned_table, duration
 
 ASSUMED_MFU = 0.4
 ASSUMED_CPU_FLOPS = 1e11  # FLOP/s of a rank without a GPU
@@ -36,23 +36,21 @@ def forecast(sweep: SweepDefinition, points: list[Point], gpu_name: str | None) 
         gpu = require_gpu(gpu_name or devices[0].name)
     at_once = len(device_groups(devices, sweep.num_gpus)) if devices else 1
     flops = ASSUMED_MFU * gpu.peak_flops if gpu else ASSUMED_CPU_FLOPS
-    width = 2 + max(len(point.name) for point in points)
-    lines = [f"{'point':<{width}}{'micro-batch':>12}{'memory GiB':>16}{'tokens/s':>12}{'time':>16}"]
+    rows = []
     total_seconds = 0.0
     for point in points:
         micro_batch, memory = _memory(point, sweep.num_gpus, gpu)
         speed = predicted_tokens_per_second(with_vocabulary(point.config), sweep.num_gpus, flops)
         seconds = START_SECONDS[gpu is not None] + sweep.steps * sweep.batch_tokens / speed
         total_seconds += seconds
-        lines.append(
-            f"{point.name:<{width}}{micro_batch:>12}{memory:>16}{speed:>12,.0f}{duration(seconds):>16}"
-        )
+        rows.append((point.name, str(micro_batch), memory, f"{speed:,.0f}", duration(seconds)))
+    columns = ("point", "micro-batch", "memory GiB", "tokens/s", "time")
     assumed = f"{ASSUMED_MFU:.0%} MFU on {gpu.name}" if gpu else f"{ASSUMED_CPU_FLOPS:.0e} FLOP/s on the CPU"
-    lines.append(
+    return (
+        f"{aligned_table(columns, rows, '<')}\n"
         f"{len(points)} points, {at_once} at a time: about {duration(total_seconds / at_once)}, "
         f"at an assumed {assumed}."
     )
-    return "\n".join(lines)
 
 
 def _memory(point: Point, num_ranks: int, gpu: Gpu | None) -> tuple[int, str]:

@@ -6,14 +6,17 @@ crossed setting where there is one length only.
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from data.files import explain_write_errors, write_atomically
 from models.config import ModelConfig
+from training import plots
+from training.config import CONFIG_DIR
 from training.sweep import Manifest, Point, SweepDefinition
 from training.tables import csv_text, markdown_table, provenance
 
@@ -43,21 +46,22 @@ MORE_COLUMNS = (
     "error",
 )
 
-# Tokens/s per GPU on 2 A100 80G, by (size, attention) and length (arXiv 2405.17381, "Various Lengths,
+# Tokens/s per GPU on 2 A100 80G, by (model, attention) and length (arXiv 2405.17381, "Various Lengths,
 # Constant Speed"); the batch is not stated. None: out of memory.
 PAPER_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 81920, 94208)
 PAPER = {
-    ("385m", "softmax"): (35931, 32453, 28184, 21996, 15479, 9715, 5643, 4604, 4078),
-    ("385m", "quadratic"): (41789, 39043, 34894, 28627, 21112, 13852, 8247, 6824, 6012),
-    ("385m", "lightning"): (38615, 38680, 38714, 38172, 37755, 37364, 38278, 38457, 38596),
-    ("1b", "softmax"): (14897, 13990, 12644, 10887, 8468, 5836, 3820, 3167, None),
-    ("1b", "quadratic"): (21195, 20128, 18553, 16012, 12594, 8848, 5611, 4625, None),
-    ("1b", "lightning"): (20052, 19967, 20009, 19841, 19805, 19691, 20077, 20186, None),
-    ("3b", "softmax"): (7117, 6708, 6008, 4968, 3755, 2558, None, None, None),
-    ("3b", "quadratic"): (8001, 7649, 7117, 6152, 4859, 3512, None, None, None),
-    ("3b", "lightning"): (7524, 7593, 7599, 7559, 7545, 7545, None, None, None),
+    ("llama-385m", "softmax"): (35931, 32453, 28184, 21996, 15479, 9715, 5643, 4604, 4078),
+    ("tnl-385m", "quadratic"): (41789, 39043, 34894, 28627, 21112, 13852, 8247, 6824, 6012),
+    ("tnl-385m", "lightning"): (38615, 38680, 38714, 38172, 37755, 37364, 38278, 38457, 38596),
+    ("llama-1b", "softmax"): (14897, 13990, 12644, 10887, 8468, 5836, 3820, 3167, None),
+    ("tnl-1b", "quadratic"): (21195, 20128, 18553, 16012, 12594, 8848, 5611, 4625, None),
+    ("tnl-1b", "lightning"): (20052, 19967, 20009, 19841, 19805, 19691, 20077, 20186, None),
+    ("llama-3b", "softmax"): (7117, 6708, 6008, 4968, 3755, 2558, None, None, None),
+    ("tnl-3b", "quadratic"): (8001, 7649, 7117, 6152, 4859, 3512, None, None, None),
+    ("tnl-3b", "lightning"): (7524, 7593, 7599, 7559, 7545, 7545, None, None, None),
 }
 PAPER_NAMES = {"softmax": "LLaMA-FA2", "quadratic": "TNL-LA1", "lightning": "TNL-LA2"}
+NOT_ARCHITECTURE = ("vocab_size", "backend", "activation_checkpointing")  # model settings of how to run it
 CELLS = {"oom": "OOM", "failed": "failed", "stopped": "stopped", "running": "running", "waiting": "–"}
 SAME_SIZE = 1.1  # largest ratio of parameters between models whose speeds are set against each other
 
@@ -69,9 +73,8 @@ def write_results(folder: Path, sweep: SweepDefinition, manifest: Manifest, poin
     with explain_write_errors(folder):
         write_atomically(folder / "results.csv", csv_text(rows).encode())
         write_atomically(folder / "table.md", table(sweep, grid, rows).encode())
-        (folder / "plots").mkdir(exist_ok=True)
-        for name, (key, title) in grid.plots().items():
-            plot(folder / "plots" / name, grid, key, title)
+    for name, (key, title) in grid.plots().items():
+        plot(folder / "plots" / name, grid, key, title)
 
 
 def rows_of(folder: Path, sweep: SweepDefinition, manifest: Manifest, points: list[Point]) -> list[dict]:
@@ -83,7 +86,7 @@ def rows_of(folder: Path, sweep: SweepDefinition, manifest: Manifest, points: li
         figures |= record.get("measured") or {}
         figures |= {
             "paper_tokens_per_second_per_gpu": paper_figures(point.config.model).get(point.seq_len),
-            "attention": point.config.model.attention,
+            "attention": attention_kind(point.config.model),
             "batch_tokens": sweep.batch_tokens,
             "steps": sweep.steps,
             "engine": point.values["engine"],
@@ -97,17 +100,25 @@ def rows_of(folder: Path, sweep: SweepDefinition, manifest: Manifest, points: li
 
 
 def paper_figures(model: ModelConfig) -> dict[int, int | None]:
-    """What the paper measured for the model's size and attention, by length; {} if it did not."""
-    return dict(zip(PAPER_LENGTHS, PAPER.get((_size(model), model.attention), ()), strict=False))
+    """What the paper measured for the model, by length; {} for any architecture but the paper's own."""
+    speeds = PAPER.get((model.name, model.attention))
+    if speeds is None:
+        return {}
+    named = ModelConfig(**yaml.safe_load((CONFIG_DIR / "model" / f"{model.name}.yaml").read_text()))
+    chosen = {key: getattr(model, key) for key in ("attention", *NOT_ARCHITECTURE)}
+    return dict(zip(PAPER_LENGTHS, speeds, strict=False)) if replace(named, **chosen) == model else {}
 
 
-def _size(model: ModelConfig) -> str:
-    """The size in a model's name, "385m" of "tnl-385m"."""
-    return model.name.rsplit("-", 1)[-1]
+def attention_kind(model: ModelConfig) -> str:
+    """The attention of all layers, or "hybrid" where some of them use softmax."""
+    uses_softmax = [model.uses_softmax(layer) for layer in range(model.num_layers)]
+    if all(uses_softmax):
+        return "softmax"
+    return "hybrid" if any(uses_softmax) else model.attention
 
 
 @dataclass(slots=True)
-class Line:
+class Series:
     """One line of the tables and plots: a model with its own and crossed settings.
 
     Attributes:
@@ -141,11 +152,11 @@ class Grid:
         self.places = list(dict.fromkeys(row[self.axis] for row in rows))
         if self.axis == "seq_len":
             self.places.sort()
-        lines: dict[str, Line] = {}
+        lines: dict[str, Series] = {}
         for point, row in zip(points, rows, strict=True):
             others = [f"{key}={value}" for key, value in point.crossed.items() if key != self.axis]
             label = " ".join([point.label, *others])
-            lines.setdefault(label, Line(label, point.config.model, others, {})).rows[row[self.axis]] = row
+            lines.setdefault(label, Series(label, point.config.model, others, {})).rows[row[self.axis]] = row
         self.lines = list(lines.values())
 
     @property
@@ -210,7 +221,8 @@ def _speed_table(grid: Grid) -> str:
         paper = paper_figures(line.model) if grid.axis == "seq_len" else {}
         shown = {place: paper[place] for place in grid.places if place in paper}
         if shown:
-            name = f"*paper: {PAPER_NAMES[line.model.attention]}, {_size(line.model)}, A100 80G*"
+            size = line.model.name.rsplit("-", 1)[-1]  # "385m" of "tnl-385m"
+            name = f"*paper: {PAPER_NAMES[line.model.attention]}, {size}, A100 80G*"
             cells = [
                 ("OOM" if shown[p] is None else f"{shown[p]:,}") if p in shown else "–" for p in grid.places
             ]
@@ -232,7 +244,7 @@ def _matrix(grid: Grid, key: str, form: str) -> str:
     return markdown_table([grid.axis, *heads], body, numeric=True)
 
 
-def _cell(line: Line, place: Any, values: dict[Any, float], form: str) -> str:
+def _cell(line: Series, place: Any, values: dict[Any, float], form: str) -> str:
     if place in values:
         return form.format(values[place])
     return CELLS.get(line.rows[place]["status"], "–") if place in line.rows else "–"
@@ -244,17 +256,19 @@ def _place_text(place: Any) -> str:
 
 
 def _crossovers(grid: Grid) -> str:
-    """Where each linear model passes the softmax model of its size."""
+    """Where each linear or hybrid model passes the softmax model of its size."""
     if grid.axis != "seq_len":
         return ""
     sentences = []
     for ours in grid.lines:
         for theirs in grid.lines:
-            if (ours.model.attention, theirs.model.attention) != ("lightning", "softmax"):
+            kind = attention_kind(ours.model)
+            if kind not in ("lightning", "hybrid") or attention_kind(theirs.model) != "softmax":
                 continue
             sizes = sorted(_body_parameters(line.model) for line in (ours, theirs))
             if ours.others == theirs.others and sizes[1] <= SAME_SIZE * sizes[0]:
-                sentences.append(f"- {ours.label} against {theirs.label}: {_crossover(ours, theirs)}")
+                name = f"{ours.label} (hybrid)" if kind == "hybrid" else ours.label
+                sentences.append(f"- {name} against {theirs.label}: {_crossover(ours, theirs)}")
     return "\n".join(["Crossover of speeds:", "", *sentences]) if sentences else ""
 
 
@@ -263,7 +277,7 @@ def _body_parameters(model: ModelConfig) -> int:
     return replace(model, vocab_size=1).num_parameters()
 
 
-def _crossover(ours: Line, theirs: Line) -> str:
+def _crossover(ours: Series, theirs: Series) -> str:
     """From which length on `ours` is faster, interpolated on log scales between measured lengths."""
     our_speeds, their_speeds = ours.values("tokens_per_second"), theirs.values("tokens_per_second")
     lengths = sorted(our_speeds.keys() & their_speeds.keys())
@@ -284,11 +298,10 @@ def _crossover(ours: Line, theirs: Line) -> str:
 
 def plot(path: Path, grid: Grid, key: str, title: str) -> None:
     """Draw a column over the axis, one line per model, as PNG and SVG; crosses at the foot say OOM."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    figure = Figure(figsize=(8, 5 + 0.18 * len(grid.lines)), layout="constrained")  # the legend is below
-    axes = figure.add_subplot()
+    height = 5 + 0.18 * len(grid.lines)  # the legend is below
+    figure, (axes,) = plots.new_figure(f"{grid.sweep.name}: {title}", height=height)
     numeric = _numbers(grid.places)
     num_lost = 0  # lines with a point out of memory so far
     for index, line in enumerate(grid.lines):
@@ -316,17 +329,13 @@ def plot(path: Path, grid: Grid, key: str, title: str) -> None:
     axes.set_xlabel("sequence length (tokens)" if grid.axis == "seq_len" else grid.axis)
     axes.set_ylabel(title)
     axes.yaxis.set_major_formatter("{x:,.10g}")
-    axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", frameon=False, fontsize="small")
-    axes.set_title(f"{grid.sweep.name}: {title}")
-    for suffix in ("png", "svg"):
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format=suffix, dpi=150)
-        write_atomically(path.with_suffix(f".{suffix}"), drawn.getvalue())
+    for suffix in (".png", ".svg"):
+        plots.save(figure, path.with_suffix(suffix))
 
 
 def _numbers(places: list) -> dict[Any, float]:
-    """Where each place lies on the x axis: at its value, or if one is no positive number, in a row."""
+    """Where each place lies on the x axis: at its value, or evenly spaced if one is not a positive number."""
     if _categories(places):
         return {place: float(index) for index, place in enumerate(places)}
     return {place: float(place) for place in places}

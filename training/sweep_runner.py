@@ -1,4 +1,4 @@
-"""Runs the points of a sweep, each in a process of its own, as many at once as there are free GPUs for."""
+"""Runs the points of a sweep, each in a process of its own, as many in parallel as fit on the free GPUs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TAIL_LINES = 5  # of a log: what is kept of a failure
 def point_command(
     point: Point, folder: Path, launcher: str, num_ranks: int, devices: Sequence[Device]
 ) -> tuple[list[str], dict[str, str]]:
-    """The command line of a point, and the environment variables that it needs beside the usual ones."""
+    """The command line of a point, and the environment variables to set for it."""
     train = [str(ROOT / "train.py"), *point.settings, override("run_dir", folder)]
     return launch_command(train, launcher, num_ranks, devices)
 
@@ -119,7 +119,11 @@ class Runner:
         self._record(point, {"status": "running", "device": device_text(devices), "commit": commit()})
 
     def _has_all(self, job: Job) -> bool:
-        """Whether a running point has measured everything: what is left is a checkpoint that nobody keeps."""
+        """Whether a running point has logged all that is measured, and only its last save is left.
+
+        A work-around: train.py always saves at its last step, which takes long for a large model, and without
+        keep_checkpoints that checkpoint would only be deleted. So the point is ended before it is written.
+        """
         key = "valid_loss" if self.sweep.evaluate else "loss"
         metrics = RunFolder(self.points_folder / job.point.name).metrics
         return not self.keep_checkpoints and last_step(metrics, key) >= self.sweep.steps
@@ -165,7 +169,7 @@ class Runner:
         self.changed(point, record)
 
     def _stop_all(self) -> None:
-        """End what still runs; with SIGKILL where its checkpoint would be of no use."""
+        """End what still runs, with SIGKILL if no checkpoint of it is wanted."""
         patience_seconds = STOP_SECONDS if self.sweep.save_every else 0
         stop_processes([self.points_folder / job.point.name for job in self.jobs], patience_seconds)
         for job in list(self.jobs):

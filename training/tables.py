@@ -1,4 +1,4 @@
-"""Tables of results as text: Markdown to read, CSV to compute with, and where the figures come from."""
+"""Results as text: tables to read (Markdown, plain), CSV to compute with, durations in words."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]], numeri
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def aligned_table(columns: Iterable[str], rows: list[tuple[str, ...]]) -> str:
-    """A table in plain text, numbers to the right."""
-    lines = [tuple(columns), *rows]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
+def aligned_table(columns: Iterable[str], rows: Iterable[Iterable[str]], alignment: str = "<<") -> str:
+    """A table in plain text, without a head if `columns` is empty.
+
+    Args:
+        alignment: "<" (left) or ">" (right) for each of the first columns; the others go to the right.
+    """
+    lines = [line for line in (list(columns), *map(list, rows)) if line]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    sides = alignment.ljust(len(widths), ">")
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if index < 2 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+            f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=False)
         ).rstrip()
         for line in lines
     )
@@ -42,3 +46,13 @@ def provenance(rows: list[dict[str, Any]]) -> str:
     """On which devices, and at which commits, rows with these two keys were measured."""
     devices, commits = (sorted({row[key] for row in rows if row[key]}) for key in ("device", "commit"))
     return f"Device: {'; '.join(devices) or '–'}. Commit: {', '.join(commits) or 'none'} (+: with changes)."
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 45 s, 12 min, 3 h 20 min, 4.5 days."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 2 * 1440 else f"{minutes / 1440:,.1f} days"
