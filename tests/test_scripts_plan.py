@@ -7,7 +7,8 @@ import pytest
 from scripts.plan import PlanConfig, main
 from training.config import compose
 from training.errors import SettingError
-from training.memory import memory_parts, with_vocabulary
+from training.memory import memory_parts
+from training.planning import with_vocabulary
 
 
 def plan(capsys, *arguments: str) -> str:

@@ -36,8 +36,8 @@ from training.evaluation_results import (
     read_evaluations,
 )
 from training.evaluation_text import Text, check_tokenizer, open_text
-from training.memory import is_out_of_memory
 from training.metrics import finite
+from training.out_of_memory import is_out_of_memory
 from training.run_folder import RunFolder
 from training.tables import aligned_table
 from training.weights import SavedModel, check_precision, find_models, identify, load_model

@@ -39,9 +39,9 @@ from training.engine import Fragment, StepResult
 from training.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, SettingError
 from training.evaluation import documents_of, evaluate
 from training.interrupt import Interrupt, StopRequested
-from training.memory import is_out_of_memory, ways_to_fit
 from training.metrics import Console, MetricsFile, WandbRun, last_step, peak_flops, peak_memory_gib
 from training.optimizer import learning_rate, ramped
+from training.out_of_memory import is_out_of_memory, ways_to_fit
 from training.report import write_run_report
 from training.run_folder import RunFolder
 from training.setup import Run, find_checkpoint, set_up

@@ -1,52 +1,23 @@
-"""What a run needs of memory and time, counted from its settings, and the micro-batch that fits.
+"""What a run needs of a GPU's memory, counted from its settings.
 
 `memory_parts` is the whole estimate, by part and in bytes. It is meant to be a little too high: a run that
-was told to fit must not end for want of memory.
+was told to fit must not run out of memory.
 Shapes in comments: D hidden, G inner width of the channel mixer, H heads, d head dim, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from dataclasses import replace
 
-import torch
-
-from data.tokenizer import ByteTokenizer
 from models.config import ModelConfig
 from models.layers import LOGITS_PER_CHUNK
 from training.adamw_8bit import BLOCK
-from training.config import CHUNKS_NEED, EngineConfig, TrainConfig
-from training.errors import SettingError
+from training.config import EngineConfig, TrainConfig
 
-Settings = TypeVar("Settings", bound=TrainConfig)
-
-CPU_MICRO_BATCH_TOKENS = 8192  # larger micro-batches gain nothing on a CPU
-USABLE_SHARE = 0.9  # of a GPU's memory: the rest is CUDA's context and fragmentation
 BUCKET_ELEMENTS = 5e8  # DeepSpeed's buffer for gradients on their way to their owner, stages 2 and 3
 LIVE_PARAMETERS = 1e9  # whole weights that stage 3 may hold at once
-CHUNK_TOKENS = 32768  # what is suggested for engine.sequence_chunk
-# What errors say where a GPU or the CPU has no memory left.
-OUT_OF_MEMORY = ("MemoryError", "out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
 # The ZeRO stage from which each part is divided among the ranks.
 SHARDED_FROM_STAGE = {"masters": 1, "moments": 1, "sums": 2, "gradients": 3, "weights": 3}
-
-
-@dataclass(kw_only=True, slots=True)
-class PlannedEngine(EngineConfig):
-    """The engine on a GPU that this machine need not have: all on record have units for bf16."""
-
-    def __post_init__(self) -> None:
-        if self.precision == "auto":
-            self.precision = "bf16"
-        EngineConfig.__post_init__(self)
-
-
-@dataclass(kw_only=True, slots=True)
-class PlannedConfig(TrainConfig):
-    """A run on such a GPU."""
-
-    engine: PlannedEngine = field(default_factory=PlannedEngine)
 
 
 def layer_activation_bytes(
@@ -196,113 +167,3 @@ def memory_parts(config: TrainConfig, num_ranks: int, micro_batch_size: int) -> 
     # also at stage 3, which then shares them out
     start = {"weights, all at first": float(element * config.model.num_parameters())}
     return max(backward, update, start, key=lambda parts: sum(parts.values()))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU or the CPU had no memory left."""
-    text = f"{type(error).__name__}: {error}"
-    return any(words in text for words in OUT_OF_MEMORY)
-
-
-def ways_to_fit(config: TrainConfig, is_started: bool = False) -> str:
-    """What to try where a run does not fit; of one that is started, what may still change."""
-    engine, model, sequences = config.engine, config.model, config.micro_batch_size
-    ways = []
-    if not is_started:
-        ways += ["a smaller micro_batch_size"] if sequences != 1 else []
-        ways += ["optim=adamw_8bit"] if config.optim.name != "adamw_8bit" else []
-        ways += ["model.activation_checkpointing=selective or full"]
-    longest = config.seq_len * (1 if sequences == "auto" else sequences)
-    can_be_cut = all(getattr(model, key) == value for key, value in CHUNKS_NEED.items())
-    if can_be_cut and engine.sequence_chunk == 0 and longest > CHUNK_TOKENS:
-        ways += [f"engine.sequence_chunk={CHUNK_TOKENS}"]
-    if not engine.offloads and config.optim.name != "muon":
-        ways += [f"engine=zero{max(engine.zero_stage, 2)}_offload"]
-    ways += [] if is_started else ["a shorter seq_len"]
-    *others, last = [*ways, "more GPUs with engine=zero3"]
-    return f"{', '.join(others)}, or {last}" if others else last
-
-
-def largest_micro_batch(config: TrainConfig, num_ranks: int, memory_bytes: float) -> int:
-    """Sequences of the largest micro-batch that fits in `memory_bytes`; 0 if not even one does."""
-    fitting = [
-        size
-        for size in divisors(config.sequences_of_step() // num_ranks)
-        if sum(memory_parts(config, num_ranks, size).values()) <= USABLE_SHARE * memory_bytes
-    ]
-    return max(fitting, default=0)
-
-
-def resolve_micro_batch(
-    config: TrainConfig, world_size: int, device: torch.device, previous: int | None, step: int = 0
-) -> int:
-    """Sequences per device and micro-step: the setting, `previous` (the run's before), or what fits.
-
-    Args:
-        step: the first to be taken (from 0).
-
-    Raises:
-        SettingError: the step's sequences can't be dealt out evenly.
-    """
-    per_rank = sequences_per_rank(config, world_size, step)
-    if config.micro_batch_size != "auto":
-        if per_rank % config.micro_batch_size:
-            allowed = f"{', '.join(map(str, divisors(per_rank)))}, or auto"
-            if previous:  # no other number than the run's is
-                allowed = "micro_batch_size=auto, with which the run goes on with as many as fit"
-            raise SettingError(
-                f"micro_batch_size={config.micro_batch_size} does not divide the {per_rank} sequences of a "
-                f"rank's step. Allowed: {allowed}."
-            )
-        return config.micro_batch_size
-    if previous:
-        limit = previous
-    elif device.type == "cuda":
-        limit = largest_micro_batch(config, world_size, torch.cuda.get_device_properties(device).total_memory)
-    else:
-        limit = CPU_MICRO_BATCH_TOKENS // config.seq_len
-    return max(size for size in divisors(per_rank) if size <= max(limit, 1))
-
-
-def sequences_per_rank(config: TrainConfig, num_ranks: int, step: int = 0) -> int:
-    """Sequences of one rank's part of a step (from 0); where the batch grows, later parts are multiples.
-
-    Raises:
-        SettingError: the step's sequences can't be dealt out evenly.
-    """
-    sequences = config.sequences_of_step(step)
-    if sequences % num_ranks:
-        grows = sequences < config.sequences_per_step
-        key = "schedule.ramp_batch_tokens" if grows else "batch_tokens"
-        raise SettingError(
-            f"{key}={sequences * config.seq_len} is {sequences} sequences of {config.seq_len} tokens a step, "
-            f"which {num_ranks} ranks can't share evenly: use a multiple of {config.seq_len * num_ranks}."
-        )
-    return sequences // num_ranks
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def predicted_tokens_per_second(config: TrainConfig, num_ranks: int, flops_per_second: float) -> float:
-    """Tokens a second over all ranks if each did `flops_per_second` model FLOPs."""
-    return num_ranks * flops_per_second / config.model.flops_per_token(config.seq_len)
-
-
-def with_vocabulary(config: Settings) -> Settings:
-    """The settings with `model.vocab_size` filled in as the tokenizer's settings say.
-
-    Raises:
-        SettingError: only the tokenizer itself knows.
-    """
-    if config.model.vocab_size is not None:
-        return config
-    known = {"sentencepiece": config.tokenizer.vocab_size, "bytes": ByteTokenizer.vocab_size}
-    if config.tokenizer.kind not in known:
-        raise SettingError(
-            f"model.vocab_size is not set, and tokenizer={config.tokenizer.kind} does not say it "
-            "before it is opened: give model.vocab_size=N."
-        )
-    return replace(config, model=replace(config.model, vocab_size=known[config.tokenizer.kind]))

@@ -29,8 +29,9 @@ from training.config import TrainConfig, check_resumable, load_saved_config
 from training.distributed import World
 from training.engine import Engine
 from training.errors import SettingError
-from training.memory import resolve_micro_batch, state_parts
+from training.memory import state_parts
 from training.metrics import last_step
+from training.micro_batch import resolve_micro_batch
 from training.optimizer import default_lr
 from training.run_folder import RunFolder
 from training.state import RunState, saved_state

@@ -17,8 +17,8 @@ from typing import Any
 from data.files import explain_write_errors, read_json_object, write_json
 from training.config import TrainConfig, compose, split_setting, sweep_points
 from training.errors import SettingError
-from training.memory import sequences_per_rank
 from training.metrics import is_number, read_metrics
+from training.micro_batch import check_micro_batch, sequences_per_rank
 from training.run_folder import RunFolder
 
 MANIFEST_LIMIT_BYTES = 4 * 2**20  # thousands of points; larger ones take long and much memory to parse
@@ -164,13 +164,8 @@ def _point(sweep: SweepDefinition, label: str, seq_len: int, crossed: list[str],
     name = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join([label, *crossed, f"seq_len={seq_len}"]))
     try:
         config = compose(TrainConfig, arguments, "train")
-        per_rank = sequences_per_rank(config, sweep.num_gpus)
-        if config.micro_batch_size != "auto" and per_rank % config.micro_batch_size:
-            raise SettingError(
-                f"micro_batch_size={config.micro_batch_size}, of sweep.micro_tokens={sweep.micro_tokens} or "
-                f"sweep.settings, does not divide the {per_rank} sequences of a rank's step: choose another, "
-                "or null."
-            )
+        source = f" (of sweep.micro_tokens={sweep.micro_tokens} or sweep.settings)"
+        check_micro_batch(config, sequences_per_rank(config, sweep.num_gpus), source)
     except SettingError as error:
         raise SettingError(f"sweep point {name}: {error}") from None
     return Point(name, label, seq_len, dict(map(split_setting, crossed)), arguments, config)

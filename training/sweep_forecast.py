@@ -7,15 +7,10 @@ import torch
 from training.config import compose
 from training.gpus import Gpu, require_gpu
 from training.launching import device_groups, free_devices
-from training.memory import (
-    PlannedConfig,
-    largest_micro_batch,
-    memory_parts,
-    predicted_tokens_per_second,
-    resolve_micro_batch,
-    with_vocabulary,
-)
+from training.memory import memory_parts
 from training.metrics import duration
+from training.micro_batch import largest_micro_batch, resolve_micro_batch
+from training.planning import PlannedConfig, predicted_tokens_per_second, with_vocabulary
 from training.sweep import Point, SweepDefinition
 
 ASSUMED_MFU = 0.4
