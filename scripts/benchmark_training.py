@@ -34,7 +34,7 @@ from data.loader import Batch
 from models.layers import LMHead
 from models.transnormer import TransNormer
 from training.command import run_command
-from training.config import TrainConfig, compose
+from training.config import compose
 from training.distributed import World, process_group
 from training.engine import Engine, compile_for_any_documents
 from training.errors import SettingError
@@ -42,6 +42,7 @@ from training.metrics import peak_flops, peak_memory_gib
 from training.optimizer import parameter_groups
 from training.plots import plain_ticks
 from training.tables import csv_text, markdown_table
+from training.train_config import TrainConfig
 
 MODELS = ("tnl-385m", "tnl-1b", "llama-385m", "llama-1b")
 WAYS = ("engine", "loop", "fla", "plain")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from training.command import reader_may_leave, run_command
-from training.config import TrainConfig
 from training.errors import SettingError
 from training.gpus import require_gpu
 from training.memory import memory_parts
@@ -18,6 +17,7 @@ from training.metrics import duration
 from training.micro_batch import check_micro_batch, largest_micro_batch, sequences_per_rank
 from training.out_of_memory import ways_to_fit
 from training.planning import PlannedConfig, predicted_tokens_per_second, with_vocabulary
+from training.train_config import TrainConfig
 
 GIB = 2**30
 

@@ -34,10 +34,11 @@ from scripts.export_hf import main as export_main
 from scripts.import_hf import ImportConfig
 from scripts.import_hf import main as import_main
 from training.checkpoint import save_checkpoint
-from training.config import TrainConfig, save_config
 from training.distributed import World
 from training.engine import KINDS, Fragment
 from training.errors import SettingError
+from training.saved_config import save_config
+from training.train_config import TrainConfig
 from training.weights import find_model, load_initial_weights, load_model
 
 ROOT = Path(__file__).resolve().parent.parent

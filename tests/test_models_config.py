@@ -14,7 +14,8 @@ from kernels import reference
 from models.config import ModelConfig
 from models.decay import alibi_slopes, layer_slopes
 from models.transnormer import TransNormer
-from training.config import TrainConfig, compose
+from training.config import compose
+from training.train_config import TrainConfig
 
 # size: layers, D, H, GLU width, vocabulary, parameters as published (tied), relative accuracy of that figure
 SIZES = {

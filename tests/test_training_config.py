@@ -14,19 +14,11 @@ from scripts.benchmark_kernels import KernelBenchmarkConfig
 from scripts.generate import GenerateConfig
 from scripts.sweep import SweepConfig
 from training.command import command_line
-from training.config import (
-    TrainConfig,
-    check_resumable,
-    compose,
-    flatten,
-    load_saved_config,
-    model_config_from,
-    override,
-    save_config,
-    sweep_points,
-)
+from training.config import compose, override, sweep_points
 from training.errors import SettingError
 from training.optimizer import ScheduleConfig, default_lr, lr_factor
+from training.saved_config import check_resumable, flatten, load_saved_config, model_config_from, save_config
+from training.train_config import TrainConfig
 
 REFUSED = [
     ("modle=tnl-1b", "modle: unknown setting. Did you mean model?"),

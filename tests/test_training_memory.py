@@ -8,7 +8,7 @@ import torch
 from models.config import ModelConfig
 from models.transnormer import TransNormer
 from training import setup
-from training.config import TrainConfig, compose
+from training.config import compose
 from training.distributed import World
 from training.errors import SettingError
 from training.gpus import find_gpu, require_gpu
@@ -22,6 +22,7 @@ from training.memory import (
 from training.micro_batch import largest_micro_batch, resolve_micro_batch
 from training.out_of_memory import ways_to_fit
 from training.planning import PlannedConfig, with_vocabulary
+from training.train_config import TrainConfig
 
 CPU = torch.device("cpu")
 LLAMA = {"attention": "softmax", "norm": "rmsnorm", "channel_mixer": "swiglu", "lrpe": "none"}

@@ -7,9 +7,10 @@ from training_helpers import lines, run, settings
 
 from data.loader import Batch, TrainLoader, shorten
 from data.shards import TokenSplit
-from training.config import TrainConfig, compose
+from training.config import compose
 from training.errors import SettingError
 from training.optimizer import ScheduleConfig, ramped
+from training.train_config import TrainConfig
 
 
 def test_values_double_in_equal_stages():

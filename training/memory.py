@@ -12,7 +12,7 @@ from dataclasses import replace
 from models.config import ModelConfig
 from models.layers import LOGITS_PER_CHUNK
 from training.adamw_8bit import BLOCK
-from training.config import EngineConfig, TrainConfig
+from training.train_config import EngineConfig, TrainConfig
 
 BUCKET_ELEMENTS = 5e8  # DeepSpeed's buffer for gradients on their way to their owner, stages 2 and 3
 LIVE_PARAMETERS = 1e9  # whole weights that stage 3 may hold at once

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from training.config import TrainConfig
 from training.errors import SettingError
 from training.memory import memory_parts
+from training.train_config import TrainConfig
 
 CPU_MICRO_BATCH_TOKENS = 8192  # larger micro-batches gain nothing on a CPU
 USABLE_SHARE = 0.9  # of a GPU's memory: the rest is CUDA's context and fragmentation

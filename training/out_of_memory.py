@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.config import CHUNKS_NEED, TrainConfig
+from training.train_config import CHUNKS_NEED, TrainConfig
 
 CHUNK_TOKENS = 32768  # what is suggested for engine.sequence_chunk
 # What errors say where a GPU or the CPU has no memory left.

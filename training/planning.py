@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from data.tokenizer import ByteTokenizer
-from training.config import EngineConfig, TrainConfig
 from training.errors import SettingError
+from training.train_config import EngineConfig, TrainConfig
 
 Settings = TypeVar("Settings", bound=TrainConfig)
 

@@ -25,7 +25,6 @@ from training.checkpoint import (
     newest_of,
     open_checkpoint,
 )
-from training.config import TrainConfig, check_resumable, load_saved_config
 from training.distributed import World
 from training.engine import Engine
 from training.errors import SettingError
@@ -34,7 +33,9 @@ from training.metrics import last_step
 from training.micro_batch import resolve_micro_batch
 from training.optimizer import default_lr
 from training.run_folder import RunFolder
+from training.saved_config import check_resumable, load_saved_config
 from training.state import RunState, saved_state
+from training.train_config import TrainConfig
 from training.weights import check_weights, load_initial_weights
 
 Log = Callable[[str], None]

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from data.files import explain_write_errors, read_json_object, write_json
-from training.config import TrainConfig, compose, split_setting, sweep_points
+from training.config import compose, split_setting, sweep_points
 from training.errors import SettingError
 from training.metrics import is_number, read_metrics
 from training.micro_batch import check_micro_batch, sequences_per_rank
 from training.run_folder import RunFolder
+from training.train_config import TrainConfig
 
 MANIFEST_LIMIT_BYTES = 4 * 2**20  # thousands of points; larger ones take long and much memory to parse
 STATUSES = ("waiting", "running", "done", "oom", "failed", "stopped")
