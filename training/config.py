@@ -10,7 +10,6 @@ import difflib
 import math
 import re
 from dataclasses import is_dataclass
-from functools import reduce
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -30,8 +29,6 @@ from training.saved_config import flatten
 from training.train_config import TrainConfig
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-MISSING = ("???", "'???'", '"???"')  # to OmegaConf no text, but a value that is still to be set
-STANDS_FOR_MISSING = "？？？"  # while it composes
 
 
 def compose(schema: type, arguments: list[str], config_name: str | None = None):
@@ -46,13 +43,10 @@ def compose(schema: type, arguments: list[str], config_name: str | None = None):
         SettingError: names the key or group, the value and what is allowed.
     """
     ConfigStore.instance().store(name=f"{config_name or 'settings'}_schema", node=schema)
-    pairs = [split_setting(argument) for argument in arguments]
-    given = dict(pairs)
-    overrides = [
-        _as_hydra_reads(key, value, schema, config_name)
-        for key, value in pairs
-        if key != "experiment" or given[key] != "null"  # as without it
-    ]
+    given = dict(map(split_setting, arguments))  # of a key that is given twice the last counts
+    if given.get("experiment") == "null":
+        del given["experiment"]  # Hydra takes no null for a group
+    overrides = [_as_hydra_reads(key, value, schema, config_name) for key, value in given.items()]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -60,18 +54,14 @@ def compose(schema: type, arguments: list[str], config_name: str | None = None):
         config: Any = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise SettingError(_explain(error, schema, given)) from None
-    except ValueError as error:
-        kind = type(error) if isinstance(error, SettingError) else SettingError
-        raise kind(str(error).replace(STANDS_FOR_MISSING, MISSING[0])) from None
-    for key in (key for key, value in given.items() if value in MISSING):
-        *owners, name = key.split(".")
-        owner = reduce(getattr, owners, config)
-        if getattr(owner, name) == STANDS_FOR_MISSING:
-            setattr(owner, name, MISSING[0])
+    except SettingError:
+        raise
+    except ValueError as error:  # as models/ raises
+        raise SettingError(str(error)) from None
     for key, value in flatten(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingError(f"{key}={value} must be a finite number.")
-    if given.get("experiment", "null") != "null":
+    if "experiment" in given:
         config.experiment = given["experiment"]
     return config
 
@@ -91,6 +81,10 @@ def _as_hydra_reads(key: str, value: str, schema: type, config_name: str | None)
         SettingError: no such key, no such choice of a group, or a value that can't be of the type.
     """
     kind = _type_of(key, schema)
+    if value.strip("'\"") == "???":
+        raise SettingError(
+            f"{key}={value}: ??? is OmegaConf's mark of a missing value. Give a value, or leave {key} out."
+        )
     if is_dataclass(kind) or key == "experiment":
         choices = sorted(path.stem for path in (CONFIG_DIR / key).glob("*.yaml"))
         if value not in choices:
@@ -106,15 +100,13 @@ def _as_hydra_reads(key: str, value: str, schema: type, config_name: str | None)
     if _is_list(kind):
         return f"{key}={value if parsed is not None and value.startswith('[') else _list_of(key, value)}"
     if str in kinds:
-        if value in MISSING:
-            return f"{key}='{STANDS_FOR_MISSING}'"
         if parsed is not None and value[:1] in ("'", '"'):  # in Hydra's own quotes
             return f"{key}={value}"
         if value == "null":
             raise SettingError(f"{key}=null: must be a text. For that very word write {key}=\"'null'\".")
         text = _escaped(value)
         return f"{key}='{text}'" if config_name else f"{key}='{_no_interpolation(text)}'"
-    if parsed is None or parsed.is_sweep_override() or value in MISSING:
+    if parsed is None or parsed.is_sweep_override():
         several = schema is TrainConfig and parsed is not None and parsed.is_sweep_override()
         hint = " Several values in one command need -m." if several else ""
         raise SettingError(f"{key}={value}: must be {_expected(kind)}.{hint}")
