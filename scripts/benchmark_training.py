@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -150,7 +150,8 @@ def train_config(config: TrainingBenchmarkConfig, model_name: str, seq_len: int)
     """The settings of train.py that a point stands for."""
     settings = [f"model={model_name}", f"seq_len={seq_len}", f"batch_tokens={config.tokens}"]
     settings += [f"model.vocab_size={config.vocab_size}", f"engine={config.engine}", *config.settings]
-    return compose(TrainConfig, settings, "train")
+    train = compose(TrainConfig, settings, "train")
+    return replace(train, engine=train.engine.with_precision())
 
 
 def measure(config: TrainingBenchmarkConfig, model_name: str, way: str, seq_len: int, world: World) -> dict:

@@ -16,14 +16,14 @@ from training.memory import memory_parts
 from training.metrics import duration
 from training.micro_batch import check_micro_batch, largest_micro_batch, sequences_per_rank
 from training.out_of_memory import ways_to_fit
-from training.planning import PlannedConfig, predicted_tokens_per_second, with_vocabulary
+from training.planning import predicted_tokens_per_second, with_vocabulary
 from training.train_config import TrainConfig
 
 GIB = 2**30
 
 
 @dataclass(kw_only=True, slots=True)
-class PlanConfig(PlannedConfig):
+class PlanConfig(TrainConfig):
     """A run, and the GPUs to plan it for."""
 
     gpu: str = "h100"

@@ -38,7 +38,7 @@ from training.distributed import World
 from training.engine import KINDS, Fragment
 from training.errors import SettingError
 from training.saved_config import save_config
-from training.train_config import TrainConfig
+from training.train_config import EngineConfig, TrainConfig
 from training.weights import find_model, load_initial_weights, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +56,7 @@ def make_run(folder: Path, config: ModelConfig, tokenizer=None) -> Path:
     model = make_model(config)
 
     def write_files(into: Path) -> None:
-        save_config(TrainConfig(model=config), into / "config.yaml")
+        save_config(TrainConfig(model=config, engine=EngineConfig(precision="fp32")), into / "config.yaml")
         (into / "tokenizer").mkdir()
         tokenizer.save(into / "tokenizer")
 

@@ -18,7 +18,7 @@ from training.config import compose, override, sweep_points
 from training.errors import SettingError
 from training.optimizer import ScheduleConfig, default_lr, lr_factor
 from training.saved_config import check_resumable, flatten, load_saved_config, model_config_from, save_config
-from training.train_config import TrainConfig
+from training.train_config import EngineConfig, TrainConfig
 
 REFUSED = [
     ("modle=tnl-1b", "modle: unknown setting. Did you mean model?"),
@@ -268,7 +268,16 @@ def test_precision_follows_the_machine(has_units, precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert compose(TrainConfig, [], "train").engine.precision == precision
+    assert compose(TrainConfig, [], "train").engine.with_precision().precision == precision
+    assert EngineConfig(precision="bf16").with_precision().precision == "bf16"
+
+
+def test_fp8_needs_bf16_whoever_chooses_the_precision(monkeypatch):
+    with pytest.raises(SettingError, match=r"engine\.fp8=true needs engine\.precision=bf16"):
+        EngineConfig(fp8=True, precision="fp32")
+    monkeypatch.setattr("training.train_config.native_precision", lambda: "fp32")
+    with pytest.raises(SettingError, match=r"engine\.fp8=true needs engine\.precision=bf16"):
+        EngineConfig(fp8=True).with_precision()
 
 
 def test_bad_input_ends_with_2_and_at_most_two_lines(text, tmp_path):

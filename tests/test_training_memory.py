@@ -21,15 +21,15 @@ from training.memory import (
 )
 from training.micro_batch import largest_micro_batch, resolve_micro_batch
 from training.out_of_memory import ways_to_fit
-from training.planning import PlannedConfig, with_vocabulary
+from training.planning import with_vocabulary
 from training.train_config import TrainConfig
 
 CPU = torch.device("cpu")
 LLAMA = {"attention": "softmax", "norm": "rmsnorm", "channel_mixer": "swiglu", "lrpe": "none"}
 
 
-def settings(*arguments: str) -> PlannedConfig:
-    return with_vocabulary(compose(PlannedConfig, list(arguments), "train"))
+def settings(*arguments: str) -> TrainConfig:
+    return with_vocabulary(compose(TrainConfig, list(arguments), "train"))
 
 
 def saved_bytes_per_token(config: ModelConfig, tokens: torch.Tensor) -> float:

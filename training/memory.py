@@ -1,7 +1,8 @@
 """What a run needs of a GPU's memory, counted from its settings.
 
 `memory_parts` is the whole estimate, by part and in bytes. It is meant to be a little too high: a run that
-was told to fit must not run out of memory.
+was told to fit must not run out of memory. `engine.precision=auto` counts as bf16, for which every GPU on
+record has units.
 Shapes in comments: D hidden, G inner width of the channel mixer, H heads, d head dim, V vocabulary.
 """
 
@@ -105,7 +106,7 @@ def state_parts(config: TrainConfig, num_ranks: int, with_sums: bool = True) -> 
     sharded = {name: num_ranks if stage >= least else 1 for name, least in SHARDED_FROM_STAGE.items()}
     on_gpu = 0 if engine.offload_optimizer else 1
     sums = 4 if holds_sums or (stage > 0 and with_sums) else 0
-    copies = 2 if stage == 0 and engine.precision == "bf16" else 0  # every layer rounds its weight for bf16
+    copies = 2 if stage == 0 and engine.precision != "fp32" else 0  # every layer rounds its weight for bf16
     parts = {
         "weights": (element + copies) * count / sharded["weights"],
         "gradients": element * count / sharded["gradients"] if holds_gradients else 0,
@@ -125,7 +126,7 @@ def state_parts(config: TrainConfig, num_ranks: int, with_sums: bool = True) -> 
 
 def holds_both_gradients(engine: EngineConfig) -> bool:
     """Whether gradients lie beside their fp32 sums: DeepSpeed's stage 1 in bf16, a class of its own."""
-    return engine.zero_stage == 1 and engine.precision == "bf16"
+    return engine.zero_stage == 1 and engine.precision != "fp32"
 
 
 def moment_bytes(config: TrainConfig) -> float:

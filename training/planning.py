@@ -1,32 +1,15 @@
-"""A run as it is planned, before there is a tokenizer or the GPU that it is to run on."""
+"""What a plan needs beside the memory estimate: the vocabulary before there is a tokenizer, and the speed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from data.tokenizer import ByteTokenizer
 from training.errors import SettingError
-from training.train_config import EngineConfig, TrainConfig
+from training.train_config import TrainConfig
 
 Settings = TypeVar("Settings", bound=TrainConfig)
-
-
-@dataclass(kw_only=True, slots=True)
-class PlannedEngine(EngineConfig):
-    """The engine on a GPU that this machine need not have: all on record have units for bf16."""
-
-    def __post_init__(self) -> None:
-        if self.precision == "auto":
-            self.precision = "bf16"
-        EngineConfig.__post_init__(self)
-
-
-@dataclass(kw_only=True, slots=True)
-class PlannedConfig(TrainConfig):
-    """A run on such a GPU."""
-
-    engine: PlannedEngine = field(default_factory=PlannedEngine)
 
 
 def with_vocabulary(config: Settings) -> Settings:

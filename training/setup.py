@@ -150,7 +150,7 @@ def _settle(
     saved: dict[str, Any] | None,
     log: Log,
 ) -> TrainConfig:
-    """Fill in what the settings leave open, from the run that is resumed, the data, or the model's width.
+    """Fill in what the settings leave open: by the resumed run, the data, the model's width and the machine.
 
     Raises:
         SettingError: the data or the tokenizer differs from the resumed run's.
@@ -182,6 +182,7 @@ def _settle(
         schedule=replace(config.schedule, total_steps=total_steps or config.max_steps),
         model=replace(config.model, vocab_size=vocab_size),
         optim=replace(config.optim, lr=lr or default_lr(config.optim.name, config.model.hidden_size)),
+        engine=config.engine.with_precision(),
     )
 
 

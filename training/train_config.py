@@ -5,7 +5,7 @@ The groups `model`, `data`, `tokenizer`, `optim` and `schedule` have their datac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,12 +37,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise SettingError(f"engine.zero_stage={self.zero_stage}: allowed are 0, 1, 2, 3.")
-        if self.precision == "auto":
-            self.precision = native_precision()
-        if self.precision not in ("bf16", "fp32"):
+        if self.precision not in ("auto", "bf16", "fp32"):
             raise SettingError(f"engine.precision={self.precision!r} is unknown. Allowed: auto, bf16, fp32.")
-        if self.fp8 and self.precision != "bf16":
-            raise SettingError(f"engine.fp8=true needs engine.precision=bf16, not {self.precision}.")
+        if self.fp8 and self.precision == "fp32":
+            raise SettingError("engine.fp8=true needs engine.precision=bf16, not fp32.")
         self.compile = str(self.compile).lower()
         if self.compile not in ("auto", "true", "false"):
             raise SettingError(f"engine.compile={self.compile!r} is unknown. Allowed: auto, true, false.")
@@ -63,6 +61,10 @@ class EngineConfig:
     def offloads(self) -> bool:
         """Whether anything is kept in CPU memory."""
         return self.offload_optimizer or self.offload_parameters
+
+    def with_precision(self) -> EngineConfig:
+        """The same, with the precision that this machine has units for in place of `auto`."""
+        return replace(self, precision=native_precision()) if self.precision == "auto" else self
 
 
 def native_precision() -> str:
