@@ -166,6 +166,7 @@ def test_decay_rules():
         ({"hidden_size": 0}, "model.hidden_size=0"),
         ({"dropout": 1.0}, "model.dropout=1.0"),
         ({"softmax_every": -1}, "model.softmax_every=-1"),
+        ({"softmax_every": 5, "num_layers": 4}, "softmax_every=5 .*num_layers=4.* Allowed: 0 .none. to 4"),
         ({"attention": "quadratic", "backend": "reference"}, "model.backend=reference has no quadratic form"),
     ],
 )

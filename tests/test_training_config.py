@@ -124,6 +124,11 @@ def test_resume_allows_what_may_change_and_names_the_rest():
         assert allowed not in str(refusal.value)
 
 
+def test_the_dataclass_and_the_yaml_have_the_same_defaults():
+    composed = compose(TrainConfig, [], "train")
+    assert replace(composed, run_dir=TrainConfig().run_dir) == TrainConfig()
+
+
 def test_flatten_gives_dotted_keys():
     flat = flatten(TrainConfig())
     assert flat["model.num_layers"] == 4

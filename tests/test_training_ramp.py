@@ -52,6 +52,7 @@ def test_shorter_sequences_hold_the_same_tokens():
     ("more", "explanation"),
     [
         (["schedule.ramp_seq_len=128"], "need schedule.ramp_steps"),
+        (["schedule.ramp_steps=100"], "ramp_steps=100 has nothing to ramp: set schedule.ramp_seq_len or"),
         (
             ["schedule.ramp_steps=9", "schedule.ramp_seq_len=100"],
             "ramp_seq_len=100 must reach 1024 by doubling",

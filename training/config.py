@@ -75,7 +75,7 @@ def split_setting(argument: str) -> tuple[str, str]:
 
 
 def _as_hydra_reads(key: str, value: str, schema: type, config_name: str | None) -> str:
-    """`key=value` in Hydra's grammar, read by the field's type: a text is taken as it stands.
+    """`key=value` in Hydra's grammar, read by the field's type: a text is taken as it is.
 
     Raises:
         SettingError: no such key, no such choice of a group, or a value that can't be of the type.
@@ -103,7 +103,7 @@ def _as_hydra_reads(key: str, value: str, schema: type, config_name: str | None)
         if parsed is not None and value[:1] in ("'", '"'):  # in Hydra's own quotes
             return f"{key}={value}"
         if value == "null":
-            raise SettingError(f"{key}=null: must be a text. For that very word write {key}=\"'null'\".")
+            raise SettingError(f"{key}=null: must be a text. For the word itself write {key}=\"'null'\".")
         text = _escaped(value)
         return f"{key}='{text}'" if config_name else f"{key}='{_no_interpolation(text)}'"
     if parsed is None or parsed.is_sweep_override():
@@ -137,7 +137,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def _list_of(key: str, value: str) -> str:
-    """A list of plain items: brackets may be missing, and signs like = stand that Hydra has for itself."""
+    """A list of plain items: brackets may be missing, and signs that Hydra reserves, as =, may occur."""
     inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     if re.search(r"[\[\]{}'\"]", inner):
         raise SettingError(f"""{key}={value}: can't be read as a list. Write it as '{key}=["a=1","b=2"]'.""")
@@ -176,7 +176,7 @@ def _no_interpolation(text: str) -> str:
 
 
 def _explain(error: Exception, schema: type, given: dict[str, str]) -> str:
-    """One or two lines out of Hydra's and OmegaConf's long messages."""
+    """One line out of Hydra's and OmegaConf's long messages."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -214,10 +214,10 @@ def sweep_points(arguments: list[str]) -> list[list[str]]:
 
 
 def _choices(argument: str) -> list[str]:
-    """A setting for each value that `key=a,b` names; texts stand in it without Hydra's escapes."""
+    """A setting for each value that `key=a,b` names, its text free of Hydra's escapes."""
     parsed = _parse(argument)
     key, _, value = argument.partition("=")
-    if parsed is None and not re.search(r"[\[\]{}()'\"]", value):  # letters that Hydra's grammar lacks
+    if parsed is None and not re.search(r"[\[\]{}()'\"]", value):  # characters that Hydra's grammar lacks
         return [f"{key}={choice.strip()}" for choice in value.split(",")]
     if parsed is None or not parsed.is_sweep_override():
         return [argument]

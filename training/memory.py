@@ -26,8 +26,8 @@ def layer_activation_bytes(
 ) -> dict[str, int]:
     """Bytes per token that a layer's forward keeps for its backward, by term.
 
-    `element` is the size of a compute value, 2 in bf16. `compiled` blocks keep a norm's input as it came
-    instead of its fp32 copy, and form the output norm and SiLU's results again.
+    `element` is the size of a compute value, 2 in bf16. `compiled` blocks keep a norm's input as it is
+    instead of its fp32 copy, and recompute the results of the output norm and SiLU.
     """
     hidden, glu = config.hidden_size, config.glu_size
     norm = norm_activation_bytes(config, element, compiled)
@@ -47,13 +47,13 @@ def layer_activation_bytes(
         terms["output norm"] = element * hidden if compiled else norm
         terms["gated output"] = element * hidden if config.gate != "none" else 0
     terms["channel norm"] = norm
-    # l1, l2, their product, and unless compiled blocks form it again SiLU's result
+    # l1, l2, their product, and SiLU's result unless compiled blocks recompute it
     terms["channel mixer"] = element * glu * (4 if config.channel_mixer == "swiglu" and not compiled else 3)
     return terms
 
 
 def norm_activation_bytes(config: ModelConfig, element: int = 2, compiled: bool = False) -> int:
-    """Bytes per token that a norm keeps: its input in fp32, with a weight the scaled one too, its result."""
+    """Bytes per token that a norm keeps: its fp32 input (with a weight the scaled one too), its result."""
     if compiled:
         return 2 * element * config.hidden_size
     wide = 2 if config.norm == "rmsnorm" else 1
@@ -95,7 +95,7 @@ def state_parts(config: TrainConfig, num_ranks: int, with_sums: bool = True) -> 
     """Bytes of weights, gradients and optimizer state on one rank, by part (see training/engine.py).
 
     Stage 2, and stage 1 in fp32, turn each gradient into a part of its fp32 sum as it comes; stage 1 in bf16
-    holds the sums all the time, and from a step's first backward pass on the bf16 gradients beside them.
+    holds the sums all the time, and after a step's first backward pass the bf16 gradients as well.
     `with_sums=False` is the time before that pass.
     """
     engine, count = config.engine, config.model.num_parameters()
@@ -125,7 +125,7 @@ def state_parts(config: TrainConfig, num_ranks: int, with_sums: bool = True) -> 
 
 
 def holds_both_gradients(engine: EngineConfig) -> bool:
-    """Whether gradients lie beside their fp32 sums: DeepSpeed's stage 1 in bf16, a class of its own."""
+    """Whether gradients are kept beside their fp32 sums: by DeepSpeed's stage 1 in bf16, its own class."""
     return engine.zero_stage == 1 and engine.precision != "fp32"
 
 
@@ -165,6 +165,6 @@ def memory_parts(config: TrainConfig, num_ranks: int, micro_batch_size: int) -> 
     copies = config.engine.zero_stage in (1, 2) and not holds_both_gradients(config.engine)
     if copies and not config.engine.offload_optimizer:
         update["copied gradients"] = 4 * config.model.num_parameters() / num_ranks
-    # also at stage 3, which then shares them out
+    # at stage 3 too, which shards them afterwards
     start = {"weights, all at first": float(element * config.model.num_parameters())}
     return max(backward, update, start, key=lambda parts: sum(parts.values()))

@@ -113,7 +113,7 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], where: Path) -> 
     ]
     if differing:
         is_of_data = all(text.startswith(("data.", "tokenizer.")) for text in differing)
-        hint = "; allow_changed_data=true goes on with other data" if is_of_data else ""
+        hint = "; allow_changed_data=true continues on other data" if is_of_data else ""
         raise SettingError(
             f"{where} was started with other settings: {'; '.join(differing)[:2000]}. "
             f"Use the run's values, or another run_dir{hint}."

@@ -196,7 +196,7 @@ def _check_data(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint,
                 f"{checkpoint.folder}: the {key} has changed since this run was started. Restore it, set "
                 "allow_changed_data=true, or start another run_dir (init_from= takes this run's weights)."
             )
-        log(f"the {key} has changed since this run was started; going on, as allow_changed_data=true says")
+        log(f"the {key} has changed since this run was started; continuing, as allow_changed_data=true says")
 
 
 def _make_loader(config: TrainConfig, data: PreparedData) -> TrainLoader:
@@ -238,7 +238,7 @@ def _is_whole(config: TrainConfig, folder: RunFolder, data: PreparedData, step: 
 
 
 def _check_space(config: TrainConfig, folder: RunFolder, state: RunState) -> None:
-    """Refuse to start where the checkpoints that will lie there at once have no room.
+    """Refuse to start where there is no room for the checkpoints that will exist at the same time.
 
     Raises:
         SettingError: how much is free and how much is needed.
@@ -260,7 +260,7 @@ def _check_space(config: TrainConfig, folder: RunFolder, state: RunState) -> Non
 
 
 def _check_memory(config: TrainConfig, world: World) -> None:
-    """Refuse a model on a CPU whose memory can't hold it: the system would end the process without a word.
+    """Refuse a model on a CPU whose memory can't hold it: the system would kill the process in silence.
 
     Raises:
         SettingError: how much is free and how much is needed at least.

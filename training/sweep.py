@@ -131,7 +131,7 @@ def expand(sweep: SweepDefinition) -> list[Point]:
     names = [point.name for point in points]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
-        raise SettingError(f"sweep.models, sweep.cross: {doubled[0]} comes out of them twice.")
+        raise SettingError(f"sweep.models, sweep.cross: {doubled[0]} results from them twice.")
     return points
 
 

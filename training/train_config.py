@@ -31,8 +31,8 @@ class EngineConfig:
     compile: str = "auto"  # torch.compile of the blocks: auto (on a GPU), true, false
     sequence_chunk: int = 0  # tokens; a longer micro-batch is computed in chunks that carry the state
     timeout_minutes: float = 30.0  # a collective that takes longer ends the run
-    join_seconds: float = 50.0  # ranks that come later than this after another end the start
-    watchdog_seconds: float = 300.0  # training in which no rank gets on for so long ends the run
+    join_seconds: float = 50.0  # give up starting if a rank joins this much later than the first
+    watchdog_seconds: float = 300.0  # the run ends if no rank makes progress for this long
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
@@ -126,7 +126,7 @@ class TrainConfig:
         intervals = ("log_every", "eval_every", "save_every", "sample_every", "layer_stats_every")
         for key in (*intervals, "eval_tokens", "sample_tokens"):
             if getattr(self, key) < 0:
-                raise SettingError(f"{key}={getattr(self, key)} must be 0 (off) or more.")
+                raise SettingError(f"{key}={getattr(self, key)} must be 0 or more.")
         if self.resume not in ("auto", "never", "must"):
             raise SettingError(f"resume={self.resume!r} is unknown. Allowed: auto, never, must.")
         if self.spike_action not in ("report", "rollback", "none"):
