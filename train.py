@@ -17,10 +17,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports, which take seconds: no traceback
 
 from training.command import command_line, fail, run_command
-from training.config import TrainConfig
 from training.errors import SettingError
 from training.interrupt import Interrupt
 from training.multirun import multirun
+from training.train_config import TrainConfig
 
 
 def main(config: TrainConfig) -> int:

@@ -89,6 +89,11 @@ class ModelConfig:
             raise ValueError(
                 f"model.softmax_every={self.softmax_every} must be 0 (none) or a number of layers."
             )
+        if self.softmax_every > self.num_layers:
+            raise ValueError(
+                f"model.softmax_every={self.softmax_every} is above model.num_layers={self.num_layers}: no "
+                f"layer would use softmax attention. Allowed: 0 (none) to {self.num_layers}."
+            )
         for key in ("init_std", "rope_base"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"model.{key}={getattr(self, key)} must be above 0.")

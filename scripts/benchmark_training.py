@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -35,13 +35,14 @@ from models.layers import LMHead
 from models.transnormer import TransNormer
 from training import plots
 from training.command import run_command
-from training.config import TrainConfig, compose
+from training.config import compose
 from training.distributed import World, process_group
 from training.engine import Engine, compile_for_any_documents
 from training.errors import SettingError
 from training.metrics import peak_flops, peak_memory_gib
 from training.optimizer import parameter_groups
 from training.tables import csv_text, markdown_table
+from training.train_config import TrainConfig
 
 MODELS = ("tnl-385m", "tnl-1b", "llama-385m", "llama-1b")
 WAYS = ("engine", "loop", "fla", "plain")
@@ -149,7 +150,8 @@ def train_config(config: TrainingBenchmarkConfig, model_name: str, seq_len: int)
     """The settings of train.py that a point stands for."""
     settings = [f"model={model_name}", f"seq_len={seq_len}", f"batch_tokens={config.tokens}"]
     settings += [f"model.vocab_size={config.vocab_size}", f"engine={config.engine}", *config.settings]
-    return compose(TrainConfig, settings, "train")
+    train = compose(TrainConfig, settings, "train")
+    return replace(train, engine=train.engine.with_precision())
 
 
 def measure(config: TrainingBenchmarkConfig, model_name: str, way: str, seq_len: int, world: World) -> dict:

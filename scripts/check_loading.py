@@ -17,12 +17,13 @@ import torch
 from models.transnormer import TransNormer
 from training.checkpoint import Checkpoint, open_checkpoint
 from training.command import run_command
-from training.config import EngineConfig, TrainConfig, load_saved_config, model_config_from
 from training.distributed import World, process_group
 from training.engine import Engine
 from training.errors import SettingError
 from training.model_folder import is_model_folder
 from training.optimizer import OptimConfig
+from training.saved_config import load_saved_config, model_config_from
+from training.train_config import EngineConfig, TrainConfig
 from training.weights import check_size, check_weights, find_model, saved_precision
 
 

@@ -11,25 +11,20 @@ from dataclasses import dataclass, replace
 from textwrap import indent
 
 from training.command import reader_may_leave, run_command
-from training.config import TrainConfig
 from training.errors import SettingError
 from training.gpus import require_gpu
-from training.memory import (
-    PlannedConfig,
-    largest_micro_batch,
-    memory_parts,
-    predicted_tokens_per_second,
-    sequences_per_rank,
-    ways_to_fit,
-    with_vocabulary,
-)
+from training.memory import memory_parts
+from training.micro_batch import check_micro_batch, largest_micro_batch, sequences_per_rank
+from training.out_of_memory import ways_to_fit
+from training.planning import predicted_tokens_per_second, with_vocabulary
 from training.tables import aligned_table, duration
+from training.train_config import TrainConfig
 
 GIB = 2**30
 
 
 @dataclass(kw_only=True, slots=True)
-class PlanConfig(PlannedConfig):
+class PlanConfig(TrainConfig):
     """A run, and the GPUs to plan it for."""
 
     gpu: str = "h100"  # name of a GPU, as h100
@@ -54,6 +49,7 @@ def main(config: PlanConfig) -> None:
     """Print the plan."""
     config = with_vocabulary(config)
     per_gpu = sequences_per_rank(config, config.num_gpus)
+    check_micro_batch(config, per_gpu)
     with reader_may_leave():
         print("\n\n".join([_model(config), _memory(config, per_gpu), _time(config)]))
 
@@ -77,11 +73,6 @@ def _memory(config: PlanConfig, per_gpu: int) -> str:
     memory_gib = config.gpu_memory_gib or require_gpu(config.gpu).memory_gib
     largest = largest_micro_batch(config, config.num_gpus, memory_gib * GIB)
     size = max(largest, 1) if config.micro_batch_size == "auto" else config.micro_batch_size
-    if per_gpu % size:
-        raise SettingError(
-            f"micro_batch_size={size} does not divide the {per_gpu} sequences of a GPU's step "
-            f"(batch_tokens={config.batch_tokens}, seq_len={config.seq_len}, num_gpus={config.num_gpus})."
-        )
     parts = memory_parts(config, config.num_gpus, size)
     head = (
         f"Memory per GPU in GiB, ZeRO {config.engine.zero_stage}, {config.num_gpus} GPU(s), "

@@ -17,12 +17,14 @@ from eval import with_implied_groups
 from models.transnormer import TransNormer
 from training import evaluate_checkpoints as module
 from training.checkpoint import save_checkpoint
-from training.config import TrainConfig, compose, save_config
+from training.config import compose
 from training.distributed import World
 from training.engine import Fragment
 from training.errors import SettingError
 from training.evaluate_checkpoints import EvalConfig, evaluate_checkpoints
 from training.model_folder import write_model_folder
+from training.saved_config import save_config
+from training.train_config import TrainConfig
 from training.weights import load_model
 
 ALONE = World(0, 1, torch.device("cpu"))

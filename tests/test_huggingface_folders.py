@@ -34,10 +34,11 @@ from scripts.export_hf import main as export_main
 from scripts.import_hf import ImportConfig
 from scripts.import_hf import main as import_main
 from training.checkpoint import save_checkpoint
-from training.config import TrainConfig, save_config
 from training.distributed import World
 from training.engine import KINDS, Fragment
 from training.errors import SettingError
+from training.saved_config import save_config
+from training.train_config import EngineConfig, TrainConfig
 from training.weights import find_model, load_initial_weights, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +56,7 @@ def make_run(folder: Path, config: ModelConfig, tokenizer=None) -> Path:
     model = make_model(config)
 
     def write_files(into: Path) -> None:
-        save_config(TrainConfig(model=config), into / "config.yaml")
+        save_config(TrainConfig(model=config, engine=EngineConfig(precision="fp32")), into / "config.yaml")
         (into / "tokenizer").mkdir()
         tokenizer.save(into / "tokenizer")
 

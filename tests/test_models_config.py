@@ -14,7 +14,8 @@ from kernels import reference
 from models.config import ModelConfig
 from models.decay import alibi_slopes, layer_slopes
 from models.transnormer import TransNormer
-from training.config import TrainConfig, compose
+from training.config import compose
+from training.train_config import TrainConfig
 
 # size: layers, D, H, GLU width, vocabulary, parameters as published (tied), relative accuracy of that figure
 SIZES = {
@@ -165,6 +166,7 @@ def test_decay_rules():
         ({"hidden_size": 0}, "model.hidden_size=0"),
         ({"dropout": 1.0}, "model.dropout=1.0"),
         ({"softmax_every": -1}, "model.softmax_every=-1"),
+        ({"softmax_every": 5, "num_layers": 4}, "softmax_every=5 .*num_layers=4.* Allowed: 0 .none. to 4"),
         ({"attention": "quadratic", "backend": "reference"}, "model.backend=reference has no quadratic form"),
     ],
 )

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from training.config import CONFIG_DIR, TrainConfig, compose
+from training.config import CONFIG_DIR, compose
+from training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "models", "data", "training", "scripts")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from training.config import TrainConfig, compose, sweep_points
+from training.config import compose, sweep_points
+from training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 

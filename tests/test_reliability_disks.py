@@ -18,10 +18,11 @@ from data.errors import DataError
 from data.files import explain_write_errors
 from training import setup
 from training.checkpoint import newest_checkpoint, write_safetensors
-from training.config import TrainConfig, compose
+from training.config import compose
 from training.errors import SettingError
 from training.run_folder import RunFolder
 from training.state import RunState
+from training.train_config import TrainConfig
 
 pytestmark = pytest.mark.slow
 

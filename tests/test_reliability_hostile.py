@@ -26,9 +26,10 @@ from data.prepare import open_prepared
 from data.shards import fingerprint_of
 from scripts.sweep import SweepConfig
 from training.checkpoint import open_checkpoint
-from training.config import compose, flatten, load_saved_config, model_config_from
+from training.config import compose
 from training.errors import SettingError
 from training.run_folder import RunFolder
+from training.saved_config import flatten, load_saved_config, model_config_from
 from training.state import saved_state
 from training.sweep import MEASURED, Manifest, expand
 from training.weights import find_model, load_model

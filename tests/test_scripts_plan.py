@@ -7,7 +7,8 @@ import pytest
 from scripts.plan import PlanConfig, main
 from training.config import compose
 from training.errors import SettingError
-from training.memory import memory_parts, with_vocabulary
+from training.memory import memory_parts
+from training.planning import with_vocabulary
 
 
 def plan(capsys, *arguments: str) -> str:
@@ -48,7 +49,7 @@ def test_figures_of_the_1b_model(capsys):
 
 
 def test_a_gpu_is_planned_for_in_bf16_on_a_machine_without_its_units(capsys, monkeypatch):
-    monkeypatch.setattr("training.config.native_precision", lambda: "fp32")
+    monkeypatch.setattr("training.train_config.native_precision", lambda: "fp32")
     for settings, size in (((), 2), (("engine.precision=fp32",), 4)):
         text = plan(capsys, "model=tnl-1b", "model.vocab_size=64000", *settings)
         gib = figure(text, "parameters") / 2**30

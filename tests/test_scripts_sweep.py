@@ -327,7 +327,7 @@ def test_commands(tmp_path):
     command, variables = point_command(point, folder, "python", 1, CPU)
     assert command[:2] == [sys.executable, str(ROOT / "train.py")]
     assert variables["DS_ACCELERATOR"] == "cpu"
-    from training.config import TrainConfig
+    from training.train_config import TrainConfig
 
     assert compose(TrainConfig, command[2:], "train").run_dir == str(folder)
     command, _ = point_command(point, folder, "deepspeed", 2, CPU)

@@ -14,19 +14,11 @@ from scripts.benchmark_kernels import KernelBenchmarkConfig
 from scripts.generate import GenerateConfig
 from scripts.sweep import SweepConfig
 from training.command import command_line
-from training.config import (
-    TrainConfig,
-    check_resumable,
-    compose,
-    flatten,
-    load_saved_config,
-    model_config_from,
-    override,
-    save_config,
-    sweep_points,
-)
+from training.config import compose, override, sweep_points
 from training.errors import SettingError
 from training.optimizer import ScheduleConfig, default_lr, lr_factor
+from training.saved_config import check_resumable, flatten, load_saved_config, model_config_from, save_config
+from training.train_config import EngineConfig, TrainConfig
 
 REFUSED = [
     ("modle=tnl-1b", "modle: unknown setting. Did you mean model?"),
@@ -37,8 +29,11 @@ REFUSED = [
     ("seq_len=0", "seq_len=0 must be at least 1"),
     ("seq_len=many", "seq_len=many: must be a whole number."),
     ("seq_len=null", "seq_len=null: must be a whole number."),
-    ("seq_len=???", "seq_len=???: must be a whole number."),
-    ("resume=???", "Allowed: auto, never, must"),
+    (
+        "seq_len=???",
+        "seq_len=???: ??? is OmegaConf's mark of a missing value. Give a value, or leave seq_len out.",
+    ),
+    ("sample_prompt='???'", "mark of a missing value"),
     ("run_dir=null", "run_dir=null: must be a text."),
     ("run_dir=", "run_dir= is empty"),
     ("overwrite=perhaps", "overwrite=perhaps: must be true or false."),
@@ -129,6 +124,11 @@ def test_resume_allows_what_may_change_and_names_the_rest():
         assert allowed not in str(refusal.value)
 
 
+def test_the_dataclass_and_the_yaml_have_the_same_defaults():
+    composed = compose(TrainConfig, [], "train")
+    assert replace(composed, run_dir=TrainConfig().run_dir) == TrainConfig()
+
+
 def test_flatten_gives_dotted_keys():
     flat = flatten(TrainConfig())
     assert flat["model.num_layers"] == 4
@@ -138,7 +138,7 @@ def test_flatten_gives_dotted_keys():
 TEXTS = ["a, b", "def main(x): return {x}", "it's \\n 100%", "a=b", "[1", "x y", "def ", "    return", "true"]
 
 
-@pytest.mark.parametrize("text", [*TEXTS, "1e3", "1_000", "[1,2]", "{a:1}", "", "\\", "a'", "???", "？？？"])
+@pytest.mark.parametrize("text", [*TEXTS, "1e3", "1_000", "[1,2]", "{a:1}", "", "\\", "a'"])
 def test_text_is_taken_as_it_stands(text):
     assert compose(TrainConfig, [f"sample_prompt={text}"], "train").sample_prompt == text
     assert compose(GenerateConfig, [f"prompt={text}"]).prompt == text
@@ -148,7 +148,8 @@ def test_text_may_stand_in_hydras_quotes_and_name_other_settings():
     config = compose(TrainConfig, ["sample_prompt='it\\'s'", "run_dir=runs/${model.name}-${seed}"], "train")
     assert (config.sample_prompt, config.run_dir) == ("it's", "runs/tnl-tiny-0")
     assert compose(TrainConfig, ["+seed=3", "experiment=demo"], "train").seed == 3
-    for text in ("${seed}", "???", "it's", "a\\", "x ' y \\' z"):
+    assert compose(TrainConfig, ["seed=many", "model=tnl-1b", "model=tnl-tiny", "seed=4"], "train").seed == 4
+    for text in ("${seed}", "it's", "a\\", "x ' y \\' z"):
         assert compose(TrainConfig, [override("sample_prompt", text)], "train").sample_prompt == text
 
 
@@ -272,7 +273,16 @@ def test_precision_follows_the_machine(has_units, precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert compose(TrainConfig, [], "train").engine.precision == precision
+    assert compose(TrainConfig, [], "train").engine.with_precision().precision == precision
+    assert EngineConfig(precision="bf16").with_precision().precision == "bf16"
+
+
+def test_fp8_needs_bf16_whoever_chooses_the_precision(monkeypatch):
+    with pytest.raises(SettingError, match=r"engine\.fp8=true needs engine\.precision=bf16"):
+        EngineConfig(fp8=True, precision="fp32")
+    monkeypatch.setattr("training.train_config.native_precision", lambda: "fp32")
+    with pytest.raises(SettingError, match=r"engine\.fp8=true needs engine\.precision=bf16"):
+        EngineConfig(fp8=True).with_precision()
 
 
 def test_bad_input_ends_with_2_and_at_most_two_lines(text, tmp_path):

@@ -5,9 +5,10 @@ import torch
 
 from data.loader import Batch
 from models.transnormer import TransNormer
-from training.config import TrainConfig, compose
+from training.config import compose
 from training.engine import Engine, compile_for_any_documents
 from training.memory import state_parts
+from training.train_config import TrainConfig
 
 
 def test_blocks_compile_once_for_any_number_of_documents():

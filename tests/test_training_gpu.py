@@ -5,8 +5,9 @@ import torch
 
 from data.loader import Batch
 from models.transnormer import TransNormer
-from training.config import TrainConfig, compose
+from training.config import compose
 from training.engine import Engine
+from training.train_config import TrainConfig
 
 pytestmark = pytest.mark.gpu
 

@@ -9,10 +9,11 @@ from training_helpers import lines, run, settings
 from models.config import ModelConfig
 from models.transnormer import TransNormer
 from training.checkpoint import open_checkpoint
-from training.config import TrainConfig, compose
+from training.config import compose
 from training.errors import SettingError
 from training.muon import MatrixPart, matrix_parts, orthogonalize
 from training.optimizer import OptimConfig, build_optimizer
+from training.train_config import TrainConfig
 
 STEPS = 4
 A, B, C = 3.4445, -4.7750, 2.0315

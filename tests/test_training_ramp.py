@@ -7,9 +7,10 @@ from training_helpers import lines, run, settings
 
 from data.loader import Batch, TrainLoader, shorten
 from data.shards import TokenSplit
-from training.config import TrainConfig, compose
+from training.config import compose
 from training.errors import SettingError
 from training.optimizer import ScheduleConfig, ramped
+from training.train_config import TrainConfig
 
 
 def test_values_double_in_equal_stages():
@@ -51,6 +52,7 @@ def test_shorter_sequences_hold_the_same_tokens():
     ("more", "explanation"),
     [
         (["schedule.ramp_seq_len=128"], "need schedule.ramp_steps"),
+        (["schedule.ramp_steps=100"], "ramp_steps=100 has nothing to ramp: set schedule.ramp_seq_len or"),
         (
             ["schedule.ramp_steps=9", "schedule.ramp_seq_len=100"],
             "ramp_seq_len=100 must reach 1024 by doubling",

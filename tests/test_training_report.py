@@ -8,11 +8,13 @@ import yaml
 
 from models.config import ModelConfig
 from training import plots
-from training.config import TrainConfig, compose, flatten, load_saved_config, override, save_config
+from training.config import compose, override
 from training.errors import SettingError
 from training.evaluation_results import with_unique_data_names
 from training.report import fenced, write_run_report
 from training.run_folder import RunFolder
+from training.saved_config import flatten, load_saved_config, save_config
+from training.train_config import TrainConfig
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

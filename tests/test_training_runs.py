@@ -14,10 +14,12 @@ from training_helpers import assert_same_state, finish, lines, run, settings, st
 
 from training import multirun
 from training.checkpoint import list_checkpoints, newest_checkpoint
-from training.config import TrainConfig, compose, load_saved_config
+from training.config import compose
 from training.errors import SettingError
 from training.optimizer import default_lr
+from training.saved_config import load_saved_config
 from training.state import saved_state
+from training.train_config import TrainConfig
 
 pytestmark = pytest.mark.slow
 
@@ -89,10 +91,12 @@ def test_a_checkpoint_loads_at_any_ranks_and_stage(ranks, stage, text, reference
     code = (
         "import sys; from pathlib import Path; from training.distributed import process_group;"
         "from training.checkpoint import open_checkpoint, save_checkpoint;"
-        "from training.config import TrainConfig, compose; from training.engine import Engine;"
+        "from training.config import compose; from training.engine import Engine;"
+        "from training.train_config import TrainConfig;"
         "from models.transnormer import TransNormer;"
-        "config = compose(TrainConfig, sys.argv[3:], 'train'); group = process_group(1);"
-        "world = group.__enter__();"
+        "config = compose(TrainConfig, sys.argv[3:], 'train');"
+        "config.engine = config.engine.with_precision();"
+        "group = process_group(1); world = group.__enter__();"
         "engine = Engine(TransNormer(config.model), config, world, accumulation_steps=1, micro_batch_size=2);"
         "engine.load(open_checkpoint(Path(sys.argv[1])).read, 6);"
         "save_checkpoint(Path(sys.argv[2]), step=6, fragments=engine.fragments_to_save(), world=world,"

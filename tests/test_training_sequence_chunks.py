@@ -8,9 +8,10 @@ from training_helpers import lines, run, settings
 from data.loader import Batch
 from models.config import ModelConfig
 from models.transnormer import TransNormer
-from training.config import TrainConfig, compose
+from training.config import compose
 from training.errors import SettingError
 from training.sequence_chunks import backward_in_chunks, cut
+from training.train_config import TrainConfig
 
 CPU = torch.device("cpu")
 

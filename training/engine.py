@@ -30,12 +30,12 @@ from models.attention import LRPE
 from models.fp8 import use_fp8
 from models.transnormer import Block, TransNormer
 from training.adamw_8bit import AdamW8bit
-from training.config import TrainConfig
 from training.distributed import World
 from training.errors import SettingError
 from training.muon import MatrixPart, MuonAdamW, create_state, matrix_parts
 from training.optimizer import build_optimizer
 from training.sequence_chunks import Chunk, backward_in_chunks, cut
+from training.train_config import TrainConfig
 
 # What a checkpoint holds of a parameter: of one that AdamW updates, and of one that Muon does.
 KINDS = ("param", "exp_avg", "exp_avg_sq")

@@ -24,7 +24,6 @@ from data.config import DataConfig, TokenizerConfig
 from data.errors import DataError
 from data.files import explain_write_errors, write_atomically
 from training.command import reader_may_leave
-from training.config import load_saved_config
 from training.distributed import World, process_group
 from training.errors import SettingError
 from training.evaluation import WINDOWS, evaluate, resolve_stride
@@ -36,9 +35,10 @@ from training.evaluation_results import (
     read_evaluations,
 )
 from training.evaluation_text import Text, check_tokenizer, open_text
-from training.memory import is_out_of_memory
 from training.metrics import finite
+from training.out_of_memory import is_out_of_memory
 from training.run_folder import RunFolder
+from training.saved_config import load_saved_config
 from training.tables import aligned_table
 from training.weights import SavedModel, check_precision, find_models, identify, load_model
 

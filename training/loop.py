@@ -33,20 +33,21 @@ from kernels.lightning_attention import default_backend
 from models.generation import SamplingConfig, generate
 from models.llama import softmax_backend
 from training.checkpoint import NonFiniteError, remove_old, save_checkpoint
-from training.config import TrainConfig, save_config
 from training.distributed import World, is_first, is_restart, process_group
 from training.engine import Fragment, StepResult
 from training.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, SettingError
 from training.evaluation import documents_of, evaluate
 from training.interrupt import Interrupt, StopRequested
-from training.memory import is_out_of_memory, ways_to_fit
 from training.metrics import Console, MetricsFile, WandbRun, last_step, peak_flops, peak_memory_gib
 from training.optimizer import learning_rate, ramped
+from training.out_of_memory import is_out_of_memory, ways_to_fit
 from training.report import write_run_report
 from training.run_folder import RunFolder
+from training.saved_config import save_config
 from training.setup import Run, find_checkpoint, set_up
 from training.spikes import remember, spike_limit
 from training.state import saved_state
+from training.train_config import TrainConfig
 from training.watchdog import Watchdog
 
 DATA_POLL_SECONDS = 0.5

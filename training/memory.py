@@ -1,52 +1,24 @@
-"""What a run needs of memory and time, counted from its settings, and the micro-batch that fits.
+"""What a run needs of a GPU's memory, counted from its settings.
 
 `memory_parts` is the whole estimate, by part and in bytes. It is meant to be a little too high: a run that
-was told to fit must not end for want of memory.
+was told to fit must not run out of memory. `engine.precision=auto` counts as bf16, for which every GPU on
+record has units.
 Shapes in comments: D hidden, G inner width of the channel mixer, H heads, d head dim, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from dataclasses import replace
 
-import torch
-
-from data.tokenizer import ByteTokenizer
 from models.config import ModelConfig
 from models.layers import LOGITS_PER_CHUNK
 from training.adamw_8bit import BLOCK
-from training.config import CHUNKS_NEED, EngineConfig, TrainConfig
-from training.errors import SettingError
+from training.train_config import EngineConfig, TrainConfig
 
-Settings = TypeVar("Settings", bound=TrainConfig)
-
-CPU_MICRO_BATCH_TOKENS = 8192  # larger micro-batches gain nothing on a CPU
-USABLE_SHARE = 0.9  # of a GPU's memory: the rest is CUDA's context and fragmentation
 BUCKET_ELEMENTS = 5e8  # DeepSpeed's buffer for gradients on their way to their owner, stages 2 and 3
 LIVE_PARAMETERS = 1e9  # whole weights that stage 3 may hold at once
-CHUNK_TOKENS = 32768  # what is suggested for engine.sequence_chunk
-# What errors say where a GPU or the CPU has no memory left.
-OUT_OF_MEMORY = ("MemoryError", "out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
 # The ZeRO stage from which each part is divided among the ranks.
 SHARDED_FROM_STAGE = {"masters": 1, "moments": 1, "sums": 2, "gradients": 3, "weights": 3}
-
-
-@dataclass(kw_only=True, slots=True)
-class PlannedEngine(EngineConfig):
-    """The engine on a GPU that this machine need not have: all on record have units for bf16."""
-
-    def __post_init__(self) -> None:
-        if self.precision == "auto":
-            self.precision = "bf16"
-        EngineConfig.__post_init__(self)
-
-
-@dataclass(kw_only=True, slots=True)
-class PlannedConfig(TrainConfig):
-    """A run on such a GPU."""
-
-    engine: PlannedEngine = field(default_factory=PlannedEngine)
 
 
 def layer_activation_bytes(
@@ -54,8 +26,8 @@ def layer_activation_bytes(
 ) -> dict[str, int]:
     """Bytes per token that a layer's forward keeps for its backward, by term.
 
-    `element` is the size of a compute value, 2 in bf16. `compiled` blocks keep a norm's input as it came
-    instead of its fp32 copy, and form the output norm and SiLU's results again.
+    `element` is the size of a compute value, 2 in bf16. `compiled` blocks keep a norm's input as it is
+    instead of its fp32 copy, and recompute the results of the output norm and SiLU.
     """
     hidden, glu = config.hidden_size, config.glu_size
     norm = norm_activation_bytes(config, element, compiled)
@@ -75,13 +47,13 @@ def layer_activation_bytes(
         terms["output norm"] = element * hidden if compiled else norm
         terms["gated output"] = element * hidden if config.gate != "none" else 0
     terms["channel norm"] = norm
-    # l1, l2, their product, and unless compiled blocks form it again SiLU's result
+    # l1, l2, their product, and SiLU's result unless compiled blocks recompute it
     terms["channel mixer"] = element * glu * (4 if config.channel_mixer == "swiglu" and not compiled else 3)
     return terms
 
 
 def norm_activation_bytes(config: ModelConfig, element: int = 2, compiled: bool = False) -> int:
-    """Bytes per token that a norm keeps: its input in fp32, with a weight the scaled one too, its result."""
+    """Bytes per token that a norm keeps: its fp32 input (with a weight the scaled one too), its result."""
     if compiled:
         return 2 * element * config.hidden_size
     wide = 2 if config.norm == "rmsnorm" else 1
@@ -123,7 +95,7 @@ def state_parts(config: TrainConfig, num_ranks: int, with_sums: bool = True) -> 
     """Bytes of weights, gradients and optimizer state on one rank, by part (see training/engine.py).
 
     Stage 2, and stage 1 in fp32, turn each gradient into a part of its fp32 sum as it comes; stage 1 in bf16
-    holds the sums all the time, and from a step's first backward pass on the bf16 gradients beside them.
+    holds the sums all the time, and after a step's first backward pass the bf16 gradients as well.
     `with_sums=False` is the time before that pass.
     """
     engine, count = config.engine, config.model.num_parameters()
@@ -134,7 +106,7 @@ def state_parts(config: TrainConfig, num_ranks: int, with_sums: bool = True) -> 
     sharded = {name: num_ranks if stage >= least else 1 for name, least in SHARDED_FROM_STAGE.items()}
     on_gpu = 0 if engine.offload_optimizer else 1
     sums = 4 if holds_sums or (stage > 0 and with_sums) else 0
-    copies = 2 if stage == 0 and engine.precision == "bf16" else 0  # every layer rounds its weight for bf16
+    copies = 2 if stage == 0 and engine.precision != "fp32" else 0  # every layer rounds its weight for bf16
     parts = {
         "weights": (element + copies) * count / sharded["weights"],
         "gradients": element * count / sharded["gradients"] if holds_gradients else 0,
@@ -153,8 +125,8 @@ def state_parts(config: TrainConfig, num_ranks: int, with_sums: bool = True) -> 
 
 
 def holds_both_gradients(engine: EngineConfig) -> bool:
-    """Whether gradients lie beside their fp32 sums: DeepSpeed's stage 1 in bf16, a class of its own."""
-    return engine.zero_stage == 1 and engine.precision == "bf16"
+    """Whether gradients are kept beside their fp32 sums: by DeepSpeed's stage 1 in bf16, its own class."""
+    return engine.zero_stage == 1 and engine.precision != "fp32"
 
 
 def moment_bytes(config: TrainConfig) -> float:
@@ -193,116 +165,6 @@ def memory_parts(config: TrainConfig, num_ranks: int, micro_batch_size: int) -> 
     copies = config.engine.zero_stage in (1, 2) and not holds_both_gradients(config.engine)
     if copies and not config.engine.offload_optimizer:
         update["copied gradients"] = 4 * config.model.num_parameters() / num_ranks
-    # also at stage 3, which then shares them out
+    # at stage 3 too, which shards them afterwards
     start = {"weights, all at first": float(element * config.model.num_parameters())}
     return max(backward, update, start, key=lambda parts: sum(parts.values()))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU or the CPU had no memory left."""
-    text = f"{type(error).__name__}: {error}"
-    return any(words in text for words in OUT_OF_MEMORY)
-
-
-def ways_to_fit(config: TrainConfig, is_started: bool = False) -> str:
-    """What to try where a run does not fit; of one that is started, what may still change."""
-    engine, model, sequences = config.engine, config.model, config.micro_batch_size
-    ways = []
-    if not is_started:
-        ways += ["a smaller micro_batch_size"] if sequences != 1 else []
-        ways += ["optim=adamw_8bit"] if config.optim.name != "adamw_8bit" else []
-        ways += ["model.activation_checkpointing=selective or full"]
-    longest = config.seq_len * (1 if sequences == "auto" else sequences)
-    can_be_cut = all(getattr(model, key) == value for key, value in CHUNKS_NEED.items())
-    if can_be_cut and engine.sequence_chunk == 0 and longest > CHUNK_TOKENS:
-        ways += [f"engine.sequence_chunk={CHUNK_TOKENS}"]
-    if not engine.offloads and config.optim.name != "muon":
-        ways += [f"engine=zero{max(engine.zero_stage, 2)}_offload"]
-    ways += [] if is_started else ["a shorter seq_len"]
-    *others, last = [*ways, "more GPUs with engine=zero3"]
-    return f"{', '.join(others)}, or {last}" if others else last
-
-
-def largest_micro_batch(config: TrainConfig, num_ranks: int, memory_bytes: float) -> int:
-    """Sequences of the largest micro-batch that fits in `memory_bytes`; 0 if not even one does."""
-    fitting = [
-        size
-        for size in divisors(config.sequences_of_step() // num_ranks)
-        if sum(memory_parts(config, num_ranks, size).values()) <= USABLE_SHARE * memory_bytes
-    ]
-    return max(fitting, default=0)
-
-
-def resolve_micro_batch(
-    config: TrainConfig, world_size: int, device: torch.device, previous: int | None, step: int = 0
-) -> int:
-    """Sequences per device and micro-step: the setting, `previous` (the run's before), or what fits.
-
-    Args:
-        step: the first to be taken (from 0).
-
-    Raises:
-        SettingError: the step's sequences can't be dealt out evenly.
-    """
-    per_rank = sequences_per_rank(config, world_size, step)
-    if config.micro_batch_size != "auto":
-        if per_rank % config.micro_batch_size:
-            allowed = f"{', '.join(map(str, divisors(per_rank)))}, or auto"
-            if previous:  # no other number than the run's is
-                allowed = "micro_batch_size=auto, with which the run goes on with as many as fit"
-            raise SettingError(
-                f"micro_batch_size={config.micro_batch_size} does not divide the {per_rank} sequences of a "
-                f"rank's step. Allowed: {allowed}."
-            )
-        return config.micro_batch_size
-    if previous:
-        limit = previous
-    elif device.type == "cuda":
-        limit = largest_micro_batch(config, world_size, torch.cuda.get_device_properties(device).total_memory)
-    else:
-        limit = CPU_MICRO_BATCH_TOKENS // config.seq_len
-    return max(size for size in divisors(per_rank) if size <= max(limit, 1))
-
-
-def sequences_per_rank(config: TrainConfig, num_ranks: int, step: int = 0) -> int:
-    """Sequences of one rank's part of a step (from 0); where the batch grows, later parts are multiples.
-
-    Raises:
-        SettingError: the step's sequences can't be dealt out evenly.
-    """
-    sequences = config.sequences_of_step(step)
-    if sequences % num_ranks:
-        grows = sequences < config.sequences_per_step
-        key = "schedule.ramp_batch_tokens" if grows else "batch_tokens"
-        raise SettingError(
-            f"{key}={sequences * config.seq_len} is {sequences} sequences of {config.seq_len} tokens a step, "
-            f"which {num_ranks} ranks can't share evenly: use a multiple of {config.seq_len * num_ranks}."
-        )
-    return sequences // num_ranks
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def predicted_tokens_per_second(config: TrainConfig, num_ranks: int, flops_per_second: float) -> float:
-    """Tokens a second over all ranks if each did `flops_per_second` model FLOPs."""
-    return num_ranks * flops_per_second / config.model.flops_per_token(config.seq_len)
-
-
-def with_vocabulary(config: Settings) -> Settings:
-    """The settings with `model.vocab_size` filled in as the tokenizer's settings say.
-
-    Raises:
-        SettingError: only the tokenizer itself knows.
-    """
-    if config.model.vocab_size is not None:
-        return config
-    known = {"sentencepiece": config.tokenizer.vocab_size, "bytes": ByteTokenizer.vocab_size}
-    if config.tokenizer.kind not in known:
-        raise SettingError(
-            f"model.vocab_size is not set, and tokenizer={config.tokenizer.kind} does not say it "
-            "before it is opened: give model.vocab_size=N."
-        )
-    return replace(config, model=replace(config.model, vocab_size=known[config.tokenizer.kind]))

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from data.errors import DataError
 from data.files import explain_write_errors, open_regular, write_atomically
-from training.config import TrainConfig
 from training.errors import SettingError
 from training.gpus import find_gpu
 from training.tables import duration
+from training.train_config import TrainConfig
 
 FILE_LIMIT_BYTES = 2**30  # of metrics.jsonl: three million lines
 LINE_LIMIT_BYTES = 2**20

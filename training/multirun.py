@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 
-from training.config import TrainConfig, compose, override, split_setting, sweep_points
+from training.config import compose, override, split_setting, sweep_points
 from training.errors import EXIT_PREEMPTED, SettingError
+from training.train_config import TrainConfig
 
 
 def multirun(arguments: list[str]) -> int:

@@ -83,6 +83,11 @@ class ScheduleConfig:
             raise SettingError(
                 "schedule.ramp_seq_len and ramp_batch_tokens need schedule.ramp_steps above 0."
             )
+        if self.ramp_steps and self.ramp_seq_len is None and self.ramp_batch_tokens is None:
+            raise SettingError(
+                f"schedule.ramp_steps={self.ramp_steps} has nothing to ramp: set schedule.ramp_seq_len or "
+                "schedule.ramp_batch_tokens, or schedule.ramp_steps=0."
+            )
         for key in ("min_lr_ratio", "decay_fraction"):
             if not 0 <= getattr(self, key) <= 1:
                 raise SettingError(f"schedule.{key}={getattr(self, key)} must lie between 0 and 1.")

@@ -14,15 +14,7 @@ from typing import Any
 from data.files import explain_write_errors, write_atomically
 from models.config import MAX_LAYERS
 from training import plots
-from training.config import (
-    CONFIG_DIR,
-    TrainConfig,
-    compose,
-    flatten,
-    load_saved_config,
-    model_config_from,
-    override,
-)
+from training.config import CONFIG_DIR, compose, override
 from training.errors import SettingError
 from training.evaluation_results import (
     EVALUATION_COLUMNS,
@@ -32,7 +24,9 @@ from training.evaluation_results import (
 )
 from training.metrics import is_number, read_metrics
 from training.run_folder import RunFolder
+from training.saved_config import flatten, load_saved_config, model_config_from
 from training.tables import markdown_table
+from training.train_config import TrainConfig
 
 SHOWN_SAMPLES = 3
 MAIN_SETTINGS = (

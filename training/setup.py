@@ -25,15 +25,17 @@ from training.checkpoint import (
     newest_of,
     open_checkpoint,
 )
-from training.config import TrainConfig, check_resumable, load_saved_config
 from training.distributed import World
 from training.engine import Engine
 from training.errors import SettingError
-from training.memory import resolve_micro_batch, state_parts
+from training.memory import state_parts
 from training.metrics import last_step
+from training.micro_batch import resolve_micro_batch
 from training.optimizer import default_lr
 from training.run_folder import RunFolder
+from training.saved_config import check_resumable, load_saved_config
 from training.state import RunState, saved_state
+from training.train_config import TrainConfig
 from training.weights import check_weights, load_initial_weights
 
 Log = Callable[[str], None]
@@ -148,7 +150,7 @@ def _settle(
     saved: dict[str, Any] | None,
     log: Log,
 ) -> TrainConfig:
-    """Fill in what the settings leave open, from the run that is resumed, the data, or the model's width.
+    """Fill in what the settings leave open: by the resumed run, the data, the model's width and the machine.
 
     Raises:
         SettingError: the data or the tokenizer differs from the resumed run's.
@@ -180,6 +182,7 @@ def _settle(
         schedule=replace(config.schedule, total_steps=total_steps or config.max_steps),
         model=replace(config.model, vocab_size=vocab_size),
         optim=replace(config.optim, lr=lr or default_lr(config.optim.name, config.model.hidden_size)),
+        engine=config.engine.with_precision(),
     )
 
 
@@ -193,7 +196,7 @@ def _check_data(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint,
                 f"{checkpoint.folder}: the {key} has changed since this run was started. Restore it, set "
                 "allow_changed_data=true, or start another run_dir (init_from= takes this run's weights)."
             )
-        log(f"the {key} has changed since this run was started; going on, as allow_changed_data=true says")
+        log(f"the {key} has changed since this run was started; continuing, as allow_changed_data=true says")
 
 
 def _make_loader(config: TrainConfig, data: PreparedData) -> TrainLoader:
@@ -235,7 +238,7 @@ def _is_whole(config: TrainConfig, folder: RunFolder, data: PreparedData, step: 
 
 
 def _check_space(config: TrainConfig, folder: RunFolder, state: RunState) -> None:
-    """Refuse to start where the checkpoints that will lie there at once have no room.
+    """Refuse to start where there is no room for the checkpoints that will exist at the same time.
 
     Raises:
         SettingError: how much is free and how much is needed.
@@ -257,7 +260,7 @@ def _check_space(config: TrainConfig, folder: RunFolder, state: RunState) -> Non
 
 
 def _check_memory(config: TrainConfig, world: World) -> None:
-    """Refuse a model on a CPU whose memory can't hold it: the system would end the process without a word.
+    """Refuse a model on a CPU whose memory can't hold it: the system would kill the process in silence.
 
     Raises:
         SettingError: how much is free and how much is needed at least.

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from data.files import explain_write_errors, read_json_object, write_json
-from training.config import TrainConfig, compose, split_setting, sweep_points
+from training.config import compose, split_setting, sweep_points
 from training.errors import SettingError
-from training.memory import sequences_per_rank
 from training.metrics import is_number, read_metrics
+from training.micro_batch import check_micro_batch, sequences_per_rank
 from training.run_folder import RunFolder
+from training.train_config import TrainConfig
 
 MANIFEST_LIMIT_BYTES = 4 * 2**20  # thousands of points; larger ones take long and much memory to parse
 STATUSES = ("waiting", "running", "done", "oom", "failed", "stopped")
@@ -130,7 +131,7 @@ def expand(sweep: SweepDefinition) -> list[Point]:
     names = [point.name for point in points]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
-        raise SettingError(f"sweep.models, sweep.cross: {doubled[0]} comes out of them twice.")
+        raise SettingError(f"sweep.models, sweep.cross: {doubled[0]} results from them twice.")
     return points
 
 
@@ -165,13 +166,8 @@ def _point(sweep: SweepDefinition, label: str, seq_len: int, crossed: list[str],
     name = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join([label, *crossed, f"seq_len={seq_len}"]))
     try:
         config = compose(TrainConfig, arguments, "train")
-        per_rank = sequences_per_rank(config, sweep.num_gpus)
-        if config.micro_batch_size != "auto" and per_rank % config.micro_batch_size:
-            raise SettingError(
-                f"micro_batch_size={config.micro_batch_size}, of sweep.micro_tokens={sweep.micro_tokens} or "
-                f"sweep.settings, does not divide the {per_rank} sequences of a rank's step: choose another, "
-                "or null."
-            )
+        source = f" (of sweep.micro_tokens={sweep.micro_tokens} or sweep.settings)"
+        check_micro_batch(config, sequences_per_rank(config, sweep.num_gpus), source)
     except SettingError as error:
         raise SettingError(f"sweep point {name}: {error}") from None
     return Point(name, label, seq_len, dict(map(split_setting, crossed)), arguments, config)

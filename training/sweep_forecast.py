@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from training.config import compose
 from training.gpus import Gpu, require_gpu
 from training.launching import device_groups, free_devices
-from training.memory import (
-    PlannedConfig,
-    largest_micro_batch,
-    memory_parts,
-    predicted_tokens_per_second,
-    resolve_micro_batch,
-    with_vocabulary,
-)
+from training.memory import memory_parts
+from training.micro_batch import largest_micro_batch, resolve_micro_batch
+from training.planning import predicted_tokens_per_second, with_vocabulary
 from training.sweep import Point, SweepDefinition
 from training.tables import aligned_table, duration
 
@@ -55,7 +51,9 @@ def forecast(sweep: SweepDefinition, points: list[Point], gpu_name: str | None) 
 
 def _memory(point: Point, num_ranks: int, gpu: Gpu | None) -> tuple[int, str]:
     """The micro-batch that a point will take, and its predicted peak in GiB."""
-    config = with_vocabulary(compose(PlannedConfig, point.settings, "train") if gpu else point.config)
+    config = with_vocabulary(point.config)
+    if gpu is None:
+        config = replace(config, engine=config.engine.with_precision())
     if gpu is None or config.micro_batch_size != "auto":
         size = resolve_micro_batch(config, num_ranks, torch.device("cpu"), None)
     else:

@@ -23,8 +23,8 @@ from training.launching import (
     start_process,
     stop_processes,
 )
-from training.memory import OUT_OF_MEMORY
 from training.metrics import last_step
+from training.out_of_memory import OUT_OF_MEMORY
 from training.run_folder import RunFolder
 from training.sweep import Manifest, Point, SweepDefinition, measure
 

@@ -17,10 +17,10 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from models.config import ModelConfig
 from models.transnormer import TransNormer
 from training.checkpoint import MANIFEST_HASH, Checkpoint, CheckpointError, newest_checkpoint, open_checkpoint
-from training.config import load_saved_config, model_config_from
 from training.errors import SettingError
 from training.model_folder import ModelFolder, is_model_folder, open_model_folder
 from training.run_folder import RunFolder
+from training.saved_config import load_saved_config, model_config_from
 from training.state import saved_tokens
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
