@@ -38,7 +38,7 @@ class BenchmarkEvaluationConfig:
     window: str = "disjoint"  # disjoint, strided or streaming
     max_tokens: int = 0  # score the first so many tokens; 0 for all
     batch_tokens: int = 16384  # tokens of a forward pass (at least one window), and of a streamed chunk
-    repeats: int = 5
+    repeats: int = 5  # of each measurement; the median counts
 
     def __post_init__(self) -> None:
         if self.window not in WINDOWS:

@@ -32,7 +32,7 @@ class CheckLoadingConfig:
     """What to load, and how."""
 
     checkpoint: str | None = None  # a run folder (its newest valid checkpoint) or a checkpoint
-    zero_stage: int = 1
+    zero_stage: int = 1  # to load it at: 0, 1, 2 or 3
 
 
 def main(config: CheckLoadingConfig) -> int:

@@ -28,13 +28,13 @@ class LmEvalConfig:
     """What to score, on which tasks, and with what data."""
 
     checkpoint: str | None = None  # run folder, checkpoint, import or export
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)  # as piqa, hellaswag
     documents: str | None = None  # folder of TASK.jsonl; null lets the harness download
     include_path: str | None = None  # folder of further task definitions
     num_fewshot: int | None = None  # null: as each task says
     limit: int | None = None  # documents of each task; null for all
     seq_len: int | None = None  # longest context; null takes the run's
-    batch_tokens: int = 16384
+    batch_tokens: int = 16384  # tokens of a forward pass
     precision: str | None = None  # bf16 or fp32; null takes that of training
     output: str | None = None  # JSON file for the results
 

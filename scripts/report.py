@@ -18,7 +18,7 @@ from training.run_folder import RunFolder
 class ReportConfig:
     """Which run to report on."""
 
-    run_dir: str | None = None
+    run_dir: str | None = None  # the folder of a run
 
     def __post_init__(self) -> None:
         if self.run_dir is not None and not Path(self.run_dir).is_dir():

@@ -29,16 +29,16 @@ from training.errors import SettingError
 class TuneConfig:
     """The shape to tune for, and the choices to cross."""
 
-    tokens: int = 131072
-    lengths: list[int] = field(default_factory=lambda: [1024, 8192, 131072])
-    heads: int = 16
-    head_dim: int = 128
-    chunks: list[int] = field(default_factory=lambda: [64])
-    walks: list[str] = field(default_factory=lambda: ["8x3", "8x4"])  # warps x stages
-    dk_dvs: list[str] = field(default_factory=lambda: ["8x3", "8x2", "none"])
-    splits: list[bool] = field(default_factory=lambda: [False, True])
+    tokens: int = 131072  # of each measurement: batch times length
+    lengths: list[int] = field(default_factory=lambda: [1024, 8192, 131072])  # each divides tokens
+    heads: int = 16  # of each sequence
+    head_dim: int = 128  # of q, k and v
+    chunks: list[int] = field(default_factory=lambda: [64])  # rows of a chunk
+    walks: list[str] = field(default_factory=lambda: ["8x3", "8x4"])  # warps x stages of a walk
+    dk_dvs: list[str] = field(default_factory=lambda: ["8x3", "8x2", "none"])  # none: a walk each
+    splits: list[bool] = field(default_factory=lambda: [False, True])  # of the weights (docs/kernels.md)
     segments: list[int] = field(default_factory=list)  # per sequence; empty: as kernels/launch.py chooses
-    rounds: int = 5
+    rounds: int = 5  # of timing, candidates in turn; the median counts
     candidates: str | None = None  # JSON: what the script passes to its own processes
 
     def __post_init__(self) -> None:

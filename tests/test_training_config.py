@@ -34,6 +34,8 @@ REFUSED = [
         "seq_len=???: ??? is OmegaConf's mark of a missing value. Give a value, or leave seq_len out.",
     ),
     ("sample_prompt='???'", "mark of a missing value"),
+    ("run_dir=a${x}", "run_dir=a${x}: Interpolation key 'x' not found. Write \\${ for a plain ${; "),
+    ("sample_tokens=0", "must be at least 1"),
     ("run_dir=null", "run_dir=null: must be a text."),
     ("run_dir=", "run_dir= is empty"),
     ("overwrite=perhaps", "overwrite=perhaps: must be true or false."),

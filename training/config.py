@@ -185,6 +185,11 @@ def _explain(error: Exception, schema: type, given: dict[str, str]) -> str:
     detail = (str(cause) or str(error)).strip().splitlines()[0]
     if key in given and isinstance(cause, ValidationError):
         return f"{key}={given[key]}: must be {_expected(_type_of(key, schema))}."
+    if "${" in given.get(key, ""):
+        return (
+            f"{key}={given[key]}: {detail}. Write \\${{ for a plain ${{; a setting's value is for instance "
+            "${model.name}."
+        )
     return f"{key}: {detail}" if key and key not in detail else detail
 
 

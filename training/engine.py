@@ -102,6 +102,7 @@ class Engine:
         warnings.filterwarnings("ignore", module="deepspeed|torch")
         self.config, self.world, self.stage = config, world, config.engine.zero_stage
         self.accumulation_steps = accumulation_steps
+        assert config.engine.precision != "auto", "settle it first: EngineConfig.with_precision"
         bf16 = config.engine.precision == "bf16"
         model.compute_dtype = torch.bfloat16 if bf16 else torch.float32
         if config.engine.fp8:

@@ -120,11 +120,12 @@ class TrainConfig:
     experiment: str | None = None  # the name of the experiment whose settings these are
 
     def __post_init__(self) -> None:
-        for key in ("seq_len", "batch_tokens", "max_steps", "keep_checkpoints", "max_skipped_steps"):
+        counts = ("seq_len", "batch_tokens", "max_steps", "keep_checkpoints", "max_skipped_steps")
+        for key in (*counts, "sample_tokens"):
             if getattr(self, key) < 1:
                 raise SettingError(f"{key}={getattr(self, key)} must be at least 1.")
         intervals = ("log_every", "eval_every", "save_every", "sample_every", "layer_stats_every")
-        for key in (*intervals, "eval_tokens", "sample_tokens"):
+        for key in (*intervals, "eval_tokens"):
             if getattr(self, key) < 0:
                 raise SettingError(f"{key}={getattr(self, key)} must be 0 or more.")
         if self.resume not in ("auto", "never", "must"):
@@ -162,7 +163,6 @@ class TrainConfig:
             type(self.micro_batch_size) is not int or self.micro_batch_size < 1
         ):
             raise SettingError(f"micro_batch_size={self.micro_batch_size!r}: a number of sequences, or auto.")
-
         self._check_sequence_chunk()
 
     def _check_sequence_chunk(self) -> None:
