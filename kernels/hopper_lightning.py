@@ -7,6 +7,14 @@ the next one start while the last is being computed.
 
 Rows past a sequence's end are cut off by the copy engine, in packed documents too: see describe_rows. Names,
 shapes and the scheme of a walk are those of kernels/triton_lightning.py; derivation in docs/kernels.md.
+
+Barriers (make_barriers), used in turn: the n-th chunk takes number n % count, in phase n // count & 1. The
+wait for an empty stage is for the phase before, which on the first lap has passed.
+
+    barrier     count    who arrives                                     who waits
+    full        STAGES   the moving warp's copies, with their last byte  both groups, for the rows
+    empty       STAGES   both groups, done with the rows                 the moving warp, before it refills
+    exchanged   2        both groups, each with its half written         both groups, for the other's half
 """
 
 import functools
@@ -88,7 +96,7 @@ def coordinates(begin, length, row, column):
 
 @gluon.jit
 def make_barriers(STAGES: gl.constexpr):
-    """Of each stage full (rows have come) and empty (both groups are done), and exchanged of two buffers."""
+    """full, empty (one for each stage of the ring) and exchanged (one for each of two buffers)."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     exchanged = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -329,7 +337,7 @@ def walk_kernel(
                 (d_q, d_k, d_v), (s_q, s_k, s_v), barriers, cu_seqlens, N, P, H, num_tasks, STAGES, False,
             )),
         ],
-        [4, 1], [240, 24],
+        [4, 1], [240, 24],  # warps, and registers a thread, of the second group and of the moving warp
     )  # fmt: skip
 
 
@@ -450,7 +458,7 @@ def dk_dv_kernel(
                 STAGES, True,
             )),
         ],
-        [4, 1], [240, 24],
+        [4, 1], [240, 24],  # warps, and registers a thread, of the second group and of the moving warp
     )  # fmt: skip
 
 

@@ -761,7 +761,7 @@ def test_a_checkpoint_that_is_no_folder_stops_the_run_before_it_starts_over(link
         step.symlink_to(tmp_path / "elsewhere")
     else:
         step.touch()
-    with pytest.raises(SettingError, match=f"{step} is {'a link' if linked else 'no folder'}"):
+    with pytest.raises(SettingError, match=f"{step} is {'a link' if linked else 'not a folder'}"):
         folder.enter("auto", overwrite=False)
 
 

@@ -48,9 +48,7 @@ class RunFolder:
                     "Replace it by what it leads to."
                 )
             if entry.parent == self.checkpoints and not entry.is_dir():
-                raise SettingError(
-                    f"{entry} is not a folder, and stands where a checkpoint belongs: move it away."
-                )
+                raise SettingError(f"{entry} is not a folder, as a checkpoint is: move it away.")
 
     def holds_run(self) -> bool:
         """Whether a run has been started here."""
