@@ -167,6 +167,7 @@ def plain_ticks(axis) -> None:
     if axis.get_transform().base == 10:
         axis.set_minor_formatter(FuncFormatter(between_powers))
         axis.set_tick_params(which="minor", labelsize="small")
+        axis.grid(visible=True, which="minor", alpha=0.15)
 
 
 def save(figure, path: Path) -> None:
