@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -137,6 +137,22 @@ def _train(
         run.engine.close()
 
 
+@dataclass(slots=True)
+class Timing:
+    """Sums over the steps since the last one that was logged.
+
+    Attributes:
+        tokens: of all ranks.
+        seconds: from the wait for a step's batches to its end.
+        squares: squared lengths of this rank's documents, which attention's FLOPs depend on.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    squares: int = 0
+
+
 class Trainer:
     """One run from its current step to `max_steps`."""
 
@@ -151,7 +167,7 @@ class Trainer:
         self.peak_flops = peak * self.world.size if peak else None
         self.first_step = run.state.step
         self.saved_step = run.state.step if run.resumed else None
-        self._start_timing()
+        self.timing = Timing()
         self.num_rollbacks = 0  # since the last save
         self.problem: str | None = None  # what keeps this rank from going on, until all hear of it
         self.metrics: MetricsFile | None = None
@@ -305,10 +321,10 @@ class Trainer:
             result = self.engine.train_step(batches, num_targets, lr, measure_layers, progress)
         first_sequence, last_sequence = self.loader.sequences(state.data_step)
         num_tokens = (last_sequence - first_sequence) * config.seq_len
-        self.timed_seconds += time.perf_counter() - start
-        self.timed_tokens += num_tokens
-        self.timed_squares += sum(batch.sum_of_squared_lengths() for batch in batches)
-        self.timed_steps += 1
+        self.timing.steps += 1
+        self.timing.tokens += num_tokens
+        self.timing.squares += sum(batch.sum_of_squared_lengths() for batch in batches)
+        self.timing.seconds += time.perf_counter() - start
         state.step += 1
         state.tokens += num_tokens
         state.num_updates = self.engine.num_steps
@@ -321,10 +337,6 @@ class Trainer:
             self._write({"step": state.step, "tokens": state.tokens, **result.layers})
         self.console.advance(state.step)
         return result
-
-    def _start_timing(self) -> None:
-        self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
-        self.timed_squares = 0  # squared lengths of this rank's documents
 
     @contextmanager
     def _first_compilation(self) -> Iterator[Callable[[], None]]:
@@ -383,9 +395,10 @@ class Trainer:
 
     def _log(self, result: StepResult) -> None:
         state, config = self.state, self.config
-        step_seconds = self.timed_seconds / self.timed_steps
-        speed = self.timed_tokens / self.timed_seconds
-        mean_length = self.timed_squares * self.world.size / self.timed_tokens  # ranks have equal shares
+        timing, self.timing = self.timing, Timing()
+        step_seconds = timing.seconds / timing.steps
+        speed = timing.tokens / timing.seconds
+        mean_length = timing.squares * self.world.size / timing.tokens  # ranks have equal shares
         flops_per_second = speed * config.model.flops_per_token(mean_length)
         line = {
             "step": state.step,
@@ -398,7 +411,6 @@ class Trainer:
             "peak_memory_gib": max(self.world.gather(peak_memory_gib(self.world.device))),
             "step_ms": 1000 * step_seconds,
         }
-        self._start_timing()
         self._write(line)
         with self._defer_errors():
             self.console.show(line, config.max_steps, (config.max_steps - state.step) * step_seconds)
