@@ -95,12 +95,13 @@ def test_a_checkpoint_loads_at_any_ranks_and_stage(ranks, stage, text, reference
         "from training.train_config import TrainConfig;"
         "from models.transnormer import TransNormer;"
         "config = compose(TrainConfig, sys.argv[3:], 'train');"
-        "config.engine = config.engine.with_precision();"
-        "group = process_group(1); world = group.__enter__();"
-        "engine = Engine(TransNormer(config.model), config, world, accumulation_steps=1, micro_batch_size=2);"
-        "engine.load(open_checkpoint(Path(sys.argv[1])).read, 6);"
-        "save_checkpoint(Path(sys.argv[2]), step=6, fragments=engine.fragments_to_save(), world=world,"
-        " write_files=lambda folder: None, state={}, facts={}); group.__exit__(None, None, None)"
+        "config.engine = config.engine.with_precision()\n"
+        "with process_group(1) as world:\n"
+        " model = TransNormer(config.model)\n"
+        " engine = Engine(model, config, world, accumulation_steps=1, micro_batch_size=2)\n"
+        " engine.load(open_checkpoint(Path(sys.argv[1])).read, 6)\n"
+        " save_checkpoint(Path(sys.argv[2]), step=6, fragments=engine.fragments_to_save(), world=world,"
+        " write_files=lambda folder: None, state={}, facts={})"
     )
     arguments = settings(text, tmp_path / "run", f"engine=zero{stage}", f"model.vocab_size={vocab_size}")
     result = run(["-c", code, str(source), str(tmp_path / "saved"), *arguments], ranks)

@@ -18,6 +18,7 @@ import yaml
 
 from data.files import NO_SPACE
 from training.config import CONFIG_DIR, compose
+from training.distributed import is_first
 from training.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, SettingError
 
 
@@ -63,7 +64,7 @@ def run_command(
 
 def fail(error: Exception) -> NoReturn:
     """Print a user's error, on the first rank only, and exit with 2."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(f"error: {error}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
 

@@ -33,8 +33,7 @@ def multirun(arguments: list[str]) -> int:
     first_failure = 0
     for number, (point, run_dir) in enumerate(zip(points, run_dirs, strict=True)):
         os.environ["MULTIRUN_POINT"] = str(number)
-        others = [setting for setting in point if not setting.startswith("run_dir=")]
-        code = run_point([sys.executable, sys.argv[0], *others, override("run_dir", run_dir)])
+        code = run_point([sys.executable, sys.argv[0], *point, override("run_dir", run_dir)])
         first_failure = first_failure or code
         if code == EXIT_PREEMPTED:
             break

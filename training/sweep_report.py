@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from data.files import explain_write_errors, write_atomically
 from models.config import ModelConfig
 from training import plots
-from training.config import CONFIG_DIR
+from training.config import compose
 from training.sweep import Manifest, Point, SweepDefinition
 from training.tables import csv_text, markdown_table, provenance
+from training.train_config import TrainConfig
 
 COLUMNS = (
     "model",
@@ -104,9 +104,15 @@ def paper_figures(model: ModelConfig) -> dict[int, int | None]:
     speeds = PAPER.get((model.name, model.attention))
     if speeds is None:
         return {}
-    named = ModelConfig(**yaml.safe_load((CONFIG_DIR / "model" / f"{model.name}.yaml").read_text()))
     chosen = {key: getattr(model, key) for key in ("attention", *NOT_ARCHITECTURE)}
-    return dict(zip(PAPER_LENGTHS, speeds, strict=False)) if replace(named, **chosen) == model else {}
+    is_own = replace(_named_model(model.name), **chosen) == model
+    return dict(zip(PAPER_LENGTHS, speeds, strict=False)) if is_own else {}
+
+
+@cache
+def _named_model(name: str) -> ModelConfig:
+    """What `model=name` alone chooses; results are written after every point, and ask again."""
+    return compose(TrainConfig, [f"model={name}"], "train").model
 
 
 def attention_kind(model: ModelConfig) -> str:
@@ -318,15 +324,14 @@ def plot(path: Path, grid: Grid, key: str, title: str) -> None:
     if num_lost:
         axes.plot([], [], "x", color="gray", label="out of memory (at the foot, in the line's color)")
     if grid.axis == "seq_len":
-        axes.set_xscale("log", base=2)
-    elif not _categories(grid.places):
-        axes.set_xscale("log")
+        plots.length_axis(axes)
+    else:
+        axes.set(xlabel=grid.axis, xscale="linear" if _categories(grid.places) else "log")
     axes.set_xticks(list(numeric.values()), [_place_text(place) for place in grid.places])
     axes.xaxis.set_minor_locator(NullLocator())
     if "loss" not in key:
         highest = max((value for line in grid.lines for value in line.values(key).values()), default=0)
         axes.set_ylim(0, 1.08 * highest or None)  # room above a flat line
-    axes.set_xlabel("sequence length (tokens)" if grid.axis == "seq_len" else grid.axis)
     axes.set_ylabel(title)
     axes.yaxis.set_major_formatter("{x:,.10g}")
     figure.legend(loc="outside lower center", frameon=False, fontsize="small")
