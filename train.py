@@ -10,6 +10,7 @@ The same command again resumes it.
 
 from __future__ import annotations
 
+import faulthandler
 import signal
 import sys
 
@@ -33,6 +34,7 @@ def main(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a crash outside Python names the line that it came from
     settings = command_line()
     wants_help = "--help" in settings or "-h" in settings
     if ("-m" in settings or "--multirun" in settings) and not wants_help:

@@ -69,7 +69,7 @@ def lightning_attention(
     if backend == "reference":
         o, state = _reference(q, k, v, slopes, initial_state, cu_seqlens)
     else:
-        _check_no_tangents(q=q, k=k, v=v, initial_state=initial_state)
+        check_no_tangents(q=q, k=k, v=v, initial_state=initial_state)
         o, state, _ = _forward(q, k, v, slopes, initial_state, output_final_state, cu_seqlens, backend)
     return o, state if output_final_state else None
 
@@ -96,7 +96,7 @@ def lightning_attention_step(
             "state is None; allowed: a tensor (B, H, Dk, Dv). Start from zeros or a final state."
         )
     _check_state("state", state, q, v, q.shape[0])
-    _check_no_tangents(q=q, k=k, v=v, state=state)
+    check_no_tangents(q=q, k=k, v=v, state=state)
     return _step(q, k, v, slopes, state)
 
 
@@ -166,7 +166,7 @@ def _check_slopes(slopes: Tensor, q: Tensor) -> None:
         )
 
 
-def _check_no_tangents(**inputs: Tensor | None) -> None:
+def check_no_tangents(**inputs: Tensor | None) -> None:
     """Refuse forward-mode derivatives: a custom op would take them for zero without a word."""
     if torch.compiler.is_compiling():
         return

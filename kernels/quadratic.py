@@ -10,7 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.lightning_attention import check_cu_seqlens, check_inputs, choose_backend, needs_fp32
+from kernels.lightning_attention import (
+    check_cu_seqlens,
+    check_inputs,
+    check_no_tangents,
+    choose_backend,
+    needs_fp32,
+)
 from kernels.torch_quadratic import torch_quadratic_attention
 
 BACKENDS = ("auto", "triton", "torch")
@@ -46,6 +52,7 @@ def quadratic_attention(
     backend = choose_backend(backend, q)
     if backend == "torch":
         return torch_quadratic_attention(q, k, v, slopes, cu_seqlens)
+    check_no_tangents(q=q, k=k, v=v)
     if needs_fp32(q, backend):
         return _forward(q.float(), k.float(), v.float(), slopes, cu_seqlens).to(v.dtype)
     return _forward(q, k, v, slopes, cu_seqlens)

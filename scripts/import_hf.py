@@ -55,8 +55,8 @@ def main(config: ImportConfig) -> None:
     source = Path(config.source)
     if not is_model_folder(source):
         raise SettingError(f"source={source}: no folder with a config.json.")
-    dtype = open_model_folder(source).dtype
     trained = load_model(source, precision="fp32")
+    dtype = open_model_folder(source).stored_dtype()  # its config.json may say less
     check_padding(trained, source)
     with new_folder("run_dir", config.run_dir) as folder:
         write_model_folder(trained.model, trained.tokenizer, folder, dtype)

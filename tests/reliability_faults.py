@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import errno
 import json
 import multiprocessing.util
@@ -23,6 +24,7 @@ import torch
 
 from training import (
     checkpoint,
+    command,
     engine,
     evaluation_text,
     interrupt,
@@ -316,6 +318,29 @@ def no_locks() -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     run_folder.fcntl = types.SimpleNamespace(flock=flock, LOCK_EX=0, LOCK_NB=0)
+
+
+def add_settings(*added: str) -> None:
+    """Start this rank with further settings than the command's."""
+    command_line = command.command_line
+    command.command_line = lambda: [*command_line(), *added]
+
+
+def prepare_other_text(path: str) -> None:
+    """Let this rank find other text at the same path."""
+    prepare = setup.prepare
+    setup.prepare = lambda data, *rest, **more: prepare(dataclasses.replace(data, path=path), *rest, **more)
+
+
+def pretend_version(torch_version: str) -> None:
+    """Save checkpoints as those of another PyTorch."""
+    running_code = setup._running_code
+    setup._running_code = lambda: running_code() | {"torch": torch_version}
+
+
+def notice_suspensions(seconds: float) -> None:
+    """Take shorter ones for suspensions than in earnest."""
+    watchdog.SUSPENDED_SECONDS = seconds
 
 
 def bad_batch(batches: list[int], rise: float) -> None:

@@ -608,6 +608,28 @@ def test_a_low_rank_gate_is_found_by_its_shapes(tmp_path, sentencepiece_model):
         assert torch.equal(model(tokens), published.model(tokens))
 
 
+@pytest.mark.parametrize("gate_size", [32, 96])
+def test_a_low_rank_gate_of_the_size_of_other_projections_is_read_back(
+    gate_size, tmp_path, sentencepiece_model
+):
+    published = Published(tmp_path / "published", sentencepiece_model, gate="low_rank", gate_size=gate_size)
+    published.config |= {"gate": "low_rank", "gate_dim": gate_size}
+    tokens = torch.randint(400, (1, 40))
+    with torch.no_grad():
+        assert torch.equal(take_in(published.write())(tokens), published.model(tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_keep_the_dtype_that_they_are_stored_in(dtype, published):
+    published.config["torch_dtype"] = "bfloat16"
+    published.weights = {name: tensor.to(dtype) for name, tensor in published.weights.items()}
+    take_in(published.write())
+    weights = load_file(published.path.parent / "run" / "model.safetensors")
+    for name, tensor in published.weights.items():
+        kept = torch.float32 if name.endswith("theta") else dtype
+        assert torch.equal(weights[name], tensor.to(kept)), name
+
+
 def test_a_run_starts_from_an_import(published):
     take_in(published.write())
     run_dir = published.path.parent / "run"

@@ -349,6 +349,8 @@ def test_forward_mode_is_refused_except_by_the_reference(needs_gradient):
     with pytest.raises(ValueError, match="q has a forward-mode tangent"):
         derivative("torch")
     with pytest.raises(ValueError, match="q has a forward-mode tangent"):
+        torch.func.jvp(lambda q: quadratic_attention(q, k, v, slopes, backend="triton"), (q,), (tangent,))
+    with pytest.raises(ValueError, match="q has a forward-mode tangent"):
         torch.func.jvp(
             lambda q: lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], slopes, state)[0], (q,), (tangent,)
         )

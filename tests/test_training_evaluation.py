@@ -1,14 +1,16 @@
 """Scoring by windows against a plain loop with logits; the carried state against one long window."""
 
+import io
 import math
 import tracemalloc
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from model_helpers import make_model
 
-from data.tokenizer import ByteTokenizer, CharacterTokenizer
+from data.tokenizer import ByteTokenizer, CharacterTokenizer, SentencePieceTokenizer
 from models.config import ModelConfig
 from models.transnormer import TransNormer
 from training.distributed import World
@@ -201,6 +203,25 @@ def test_a_replacement_character_of_the_text_is_no_half_one(tokenizer, text, max
     ids = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
     (document,) = documents_of([(ids, len(text.encode()))], tokenizer, max_tokens)
     assert document.num_bytes == num_bytes
+
+
+def test_bytes_of_a_cut_where_the_tokenizer_drops_a_first_space():
+    text = "hello worlds and the argument parser returns a namespace of values"
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 50),
+        model_writer=model,
+        vocab_size=310,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=True,
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    ids = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
+    for max_tokens in range(1, len(ids) - 1):
+        (document,) = documents_of([(ids, len(text))], tokenizer, max_tokens)
+        assert document.num_bytes == len(tokenizer.decode(ids[: max_tokens + 1].tolist()))
 
 
 def test_too_short_or_empty_text_is_refused():

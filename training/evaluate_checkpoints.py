@@ -42,7 +42,7 @@ from training.saved_config import load_saved_config
 from training.tables import aligned_table
 from training.weights import SavedModel, check_precision, find_models, identify, load_model
 
-SCORING = 1  # counted up when the same settings would give other numbers, so that old results are not reused
+SCORING = 2  # counted up when the same settings would give other numbers, so that old results are not reused
 TIMEOUT_MINUTES = 240.0  # ranks may wait this long for one that has longer documents
 WINDOW_RULES = {
     "disjoint": "windows of seq_len inputs that don't overlap, each from a fresh state",

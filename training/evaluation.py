@@ -105,12 +105,13 @@ def _bytes_of_cut(ids: list[int], rest: list[int], tokenizer) -> int:
     """Bytes of the text of `ids`, which `rest` follows; the cut may lie within a character.
 
     Then the tokens on both sides of it are bytes: as many of `rest` are missing from `ids` as it takes for
-    the texts of both sides to be the whole text.
+    the texts of both sides to be the whole text. Some tokenizers drop a text's first space.
     """
     everything = tokenizer.decode(ids + rest)
     for missing in range(LONGEST_CHARACTER):
         begun = tokenizer.decode(ids + rest[:missing])
-        if begun + tokenizer.decode(rest[missing:]) == everything:
+        left = everything.removeprefix(begun)
+        if begun + left == everything and tokenizer.decode(rest[missing:]) in (left, left.removeprefix(" ")):
             return len(begun.encode()) - missing
     return len(tokenizer.decode(ids).encode())
 

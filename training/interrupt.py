@@ -48,8 +48,9 @@ class Interrupt:
         if lost := lost_launcher(self._launchers):
             self.reason = f"its launcher, {lost}, is gone"
         numbers = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
-            numbers.append(signal.SIGHUP)
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):  # the last two warn in Slurm's jobs
+            if signal.getsignal(number) == signal.SIG_DFL:  # SIGHUP is not under nohup
+                numbers.append(number)
         self._previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         self._receiver, self._sender = os.pipe()
         os.set_blocking(self._sender, False)

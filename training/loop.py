@@ -11,15 +11,13 @@ Ranks act together: a request to stop, and an error of one rank, take effect whe
 from __future__ import annotations
 
 import os
-import platform
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +129,11 @@ def _train(
     try:
         trainer = Trainer(run, interrupt, watchdog)
         return trainer.run()
+    except SettingError as error:
+        if trainer is not None:
+            with suppress(SettingError):  # it may be that the disk is full
+                trainer.console.log(f"error: {error}")
+        raise
     finally:
         if trainer is not None:
             trainer.close()
@@ -159,7 +162,7 @@ class Trainer:
     def __init__(self, run: Run, interrupt: Interrupt, watchdog: Watchdog) -> None:
         self.config, self.folder, self.world, self.data = run.config, run.folder, run.world, run.data
         self.loader, self.engine, self.state = run.loader, run.engine, run.state
-        self.setup_seconds = run.seconds
+        self.setup_seconds, self.setup_notes, self.code = run.seconds, run.notes, run.code
         self.interrupt, self.watchdog = interrupt, watchdog
         config, data = run.config, run.data
         self.valid_documents = documents_of(data.valid, data.tokenizer, config.eval_tokens)
@@ -179,7 +182,7 @@ class Trainer:
 
     def _open_files(self) -> tuple[int, int]:
         """Open the first rank's files without what a lost part of the run wrote; the steps they end at."""
-        step, folder = self.state.step, self.folder
+        step, passed_over, folder = self.state.step, self.state.passed_over_batches, self.folder
         if self.config.wandb.enabled:
             self.wandb = WandbRun(self.config, self.state.run_id)
         with explain_write_errors(folder.path):  # whatever may refuse the start has done so
@@ -187,9 +190,11 @@ class Trainer:
                 folder.clear()  # as overwrite=true allows
             save_config(self.config, folder.config)
         self.console = Console(folder.log, self.config.max_steps, step)
-        self.metrics = MetricsFile(folder.metrics, step)
+        for note in self.setup_notes:
+            self.console.log(note)
+        self.metrics = MetricsFile(folder.metrics, step, passed_over)
         if self.config.sample_every or folder.samples.exists():
-            self.samples = MetricsFile(folder.samples, step)
+            self.samples = MetricsFile(folder.samples, step, passed_over)
         return last_step(folder.metrics, "valid_loss"), last_step(folder.samples, "text")
 
     def run(self) -> int:
@@ -215,6 +220,7 @@ class Trainer:
                 )
         with self._defer_errors():
             if self.world.is_first:
+                self.folder.check_lock()
                 write_run_report(self.folder)
                 self._say(f"done: {self.folder.report}")
         self._check_problems()
@@ -386,9 +392,15 @@ class Trainer:
         with self._defer_errors():
             for file in (self.metrics, self.samples):
                 if file is not None:
-                    file.drop_after(state.step)
+                    file.drop_after(state.step, state.passed_over_batches)
         self._write(
-            {"step": state.step, "rolled_back_from": spiked.step, "spike_loss": loss, "left_out": left_out}
+            {
+                "step": state.step,
+                "rolled_back_from": spiked.step,
+                "spike_loss": loss,
+                "left_out": left_out,
+                "passed_over_batches": state.passed_over_batches,
+            }
         )
         self._say(f"went back to step {state.step}; {left_out} batches are left out.")
         return True
@@ -413,7 +425,14 @@ class Trainer:
         }
         self._write(line)
         with self._defer_errors():
-            self.console.show(line, config.max_steps, (config.max_steps - state.step) * step_seconds)
+            self.console.show(line, config.max_steps, self._tokens_left() / speed)
+
+    def _tokens_left(self) -> int:
+        """Of the steps to come, which may be larger."""
+        steps_left = self.config.max_steps - self.state.step
+        next_sequence, _ = self.loader.sequences(self.state.data_step)
+        end, _ = self.loader.sequences(self.state.data_step + steps_left)
+        return (end - next_sequence) * self.config.seq_len
 
     def _evaluate(self) -> None:
         """Score the validation documents, unless a request to stop comes between two batches of them."""
@@ -488,8 +507,9 @@ class Trainer:
         self.watchdog.progress(self.state.step, "saving")
         with self._defer_errors():
             if self.metrics:
+                self.folder.check_lock()
                 self.metrics.sync()
-        self._check_problems()  # a checkpoint needs its metrics
+        self._check_problems()  # a checkpoint needs its folder and its metrics
         path = save_checkpoint(
             self.folder.checkpoints,
             step=self.state.step,
@@ -522,11 +542,7 @@ class Trainer:
             "precision": self.config.engine.precision,
             "tokenizer_fingerprint": self.data.tokenizer.fingerprint,
             "data_fingerprint": self.data.fingerprint,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "deepspeed": version("deepspeed"),
-            },
+            "versions": self.code,
         }
 
     def _preempt(self) -> int:

@@ -48,12 +48,12 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class MetricsFile:
-    """metrics.jsonl or samples.jsonl, opened at a step: later lines of it are dropped."""
+    """metrics.jsonl or samples.jsonl, opened at a step: later lines of it are dropped (`drop_after`)."""
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
+    def __init__(self, path: Path, step: int, passed_over_batches: int = 0) -> None:
         self.path = path
         self._file: Any = None
-        self.drop_after(resumed_step)
+        self.drop_after(step, passed_over_batches)
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line; non-finite floats become null, since JSON has none."""
@@ -61,10 +61,14 @@ class MetricsFile:
         with explain_write_errors(self.path):
             _append(self._file, json.dumps(line) + "\n")
 
-    def drop_after(self, step: int) -> None:
-        """Take out what a later, lost part of the run had written."""
+    def drop_after(self, step: int, passed_over_batches: int = 0) -> None:
+        """Take out what a later, lost part of the run had written: also of going back to this very step."""
         self.close()
-        kept = (text for line, text in _whole_lines(self.path) if line["step"] <= step)
+        kept = (
+            text
+            for line, text in _whole_lines(self.path)
+            if line["step"] <= step and not _passed_over(line) > passed_over_batches
+        )
         with explain_write_errors(self.path):
             write_atomically(self.path, kept)
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open for the run)
@@ -77,6 +81,11 @@ class MetricsFile:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _passed_over(line: dict[str, Any]) -> float:
+    value = line.get("passed_over_batches", 0)
+    return value if is_number(value) else 0
 
 
 def _append(file: Any, text: str) -> None:
@@ -157,11 +166,13 @@ class Console:
             self._bar.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr, flush=True)
-        self._write(text)
+        self.log(text)
 
-    def _write(self, text: str) -> None:
-        with explain_write_errors(self._path):
-            _append(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    def log(self, text: str) -> None:
+        """One line to train.log alone."""
+        if self._log is not None:
+            with explain_write_errors(self._path):
+                _append(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""
@@ -181,7 +192,7 @@ class Console:
             self.say(text)
         else:
             self._bar.set_postfix_str(f"loss {line['loss']:.4f}  {speed}")
-            self._write(text)
+            self.log(text)
 
     def close(self) -> None:
         if self._bar is not None:

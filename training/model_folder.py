@@ -78,7 +78,7 @@ class ModelFolder:
 
     Attributes:
         files: tensor name to the file that holds it.
-        dtype: of the stored weights, as config.json says ("float32" if it does not).
+        dtype: of the weights, as config.json says ("float32" if it does not); `stored_dtype` looks at them.
     """
 
     path: Path
@@ -93,13 +93,21 @@ class ModelFolder:
         text = "\n".join(f"{name} {sha256_of(self.path / name)}" for name in names)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def weights(self) -> dict[str, Tensor]:
-        """Parameters by the model's own names, in their stored dtype; a tied head is left out."""
-        weights: dict[str, Tensor] = {}
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for file in sorted(set(self.files.values())):
             with _open_tensors(file) as tensors:
-                names = [name for name, holder in self.files.items() if holder == file]
-                weights |= {name: tensors.get_tensor(name) for name in names}
+                for name, holder in self.files.items():
+                    if holder == file:
+                        yield name, tensors.get_tensor(name)
+
+    def stored_dtype(self) -> str:
+        """The one dtype of all weights but LRPE's frequencies; float32 if they have several, or float64."""
+        stored = {tensor.dtype for name, tensor in self._tensors() if not name.endswith("lrpe.theta")}
+        return next((name for name, dtype in DTYPES.items() if stored == {dtype}), "float32")
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters by the model's own names, in their stored dtype; a tied head is left out."""
+        weights = dict(self._tensors())
         for name, tensor in weights.items():
             if tensor.dtype not in STORED_DTYPES:
                 dtype = str(tensor.dtype).removeprefix("torch.")
@@ -268,13 +276,15 @@ def _gate_of(path: Path, files: dict[str, Path], config: ModelConfig) -> dict[st
 
 
 def _name_low_rank_gate(weights: dict[str, Tensor], config: ModelConfig, path: Path) -> dict[str, Tensor]:
-    """Give TNL3's projections our names, by their shapes: (3D, D), (gate, D) and (D, gate)."""
+    """Give TNL3's projections our names if they have others, by shape: (3D, D), (gate, D) and (D, gate)."""
     hidden, gate = config.hidden_size, config.gate_size
     names: dict[tuple[int, ...], str] = {
         (3 * hidden, hidden): "qkv_proj.weight",
         (gate, hidden): "gate_proj.0.weight",
         (hidden, gate): "gate_proj.1.weight",
     }
+    if all(MIXER + name in weights for name in names.values()):
+        return weights
     renamed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         mixer, found, _ = name.partition(".token_mixer.")

@@ -32,6 +32,7 @@ class RunFolder:
         self.heartbeats = self.path / "heartbeats"
         self.lock_file = self.path / "run.lock"
         self._lock: int | None = None
+        self._locked: os.stat_result | None = None
 
     def check_links(self) -> None:
         """Refuse a folder that leads out of itself: what is in it may come from elsewhere.
@@ -93,12 +94,16 @@ class RunFolder:
         shutil.rmtree(self.heartbeats, ignore_errors=True)  # of a start that was killed
 
     def clear(self) -> None:
-        """Delete the run that is in it."""
+        """Delete the run that is in it, its checkpoints at one stroke: a kill leaves none to resume."""
+        deleted = self.path / ".deleted"
+        shutil.rmtree(deleted, ignore_errors=True)
+        if self.checkpoints.exists():
+            self.checkpoints.rename(deleted)
+        self.checkpoints.mkdir()
         for entry in (self.config, self.metrics, self.log, self.samples, self.report):
             entry.unlink(missing_ok=True)
-        for entry in (self.plots, self.checkpoints, self.evaluations):
+        for entry in (self.plots, self.evaluations, deleted):
             shutil.rmtree(entry, ignore_errors=True)
-        self.checkpoints.mkdir(exist_ok=True)
 
     def lock(self) -> None:
         """Hold run.lock until this process ends; the kernel frees a dead holder's lock at once.
@@ -130,7 +135,35 @@ class RunFolder:
         with explain_write_errors(self.path):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._lock = descriptor
+        self._lock, self._locked = descriptor, os.stat(self.path)
+
+    def check_lock(self) -> None:
+        """See that this is still the folder that was locked, and renew a lock file that was deleted.
+
+        Raises:
+            SettingError: the folder was moved or deleted, or another process has locked it since.
+        """
+        assert self._lock is not None
+        assert self._locked is not None
+        try:
+            is_here = os.path.samestat(os.stat(self.path), self._locked)
+        except FileNotFoundError:
+            is_here = False
+        if not is_here:
+            raise SettingError(
+                f"run_dir={self.path} was moved or deleted while this run trained in it: stopping. If it was "
+                "moved, move it back, or go on from its last checkpoint with run_dir= its new place."
+            )
+        try:
+            is_ours = os.path.samestat(os.stat(self.lock_file), os.fstat(self._lock))
+        except FileNotFoundError:
+            is_ours = False
+        if is_ours:
+            with explain_write_errors(self.path):
+                os.utime(self._lock)  # so that what deletes old files leaves it
+        else:
+            self.unlock()
+            self.lock()
 
     def unlock(self) -> None:
         """Let others train here."""

@@ -105,7 +105,7 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], where: Path) -> 
     adopted |= {"micro_batch_size": "auto", "init_from": None}
     changeable = CHANGEABLE_ON_RESUME + (("data.", "tokenizer.") if config.allow_changed_data else ())
     differing = [
-        f"{key[:80]}={new.get(key)!r} (run: {repr(old.get(key))[:80]})"
+        f"{key[:80]}={new.get(key)!r} (run: {repr(old[key])[:80] if key in old else 'older code without it'})"
         for key in sorted(new.keys() | old.keys())
         if new.get(key) != old.get(key)
         and not key.startswith(changeable)

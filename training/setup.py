@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import platform
 import shutil
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from data.loader import TrainLoader
 from data.prepare import PreparedData, prepare
@@ -28,22 +31,32 @@ from training.checkpoint import (
 from training.distributed import World
 from training.engine import Engine
 from training.errors import SettingError
+from training.launching import commit
 from training.memory import state_parts
 from training.metrics import last_step
 from training.micro_batch import resolve_micro_batch
 from training.optimizer import default_lr
 from training.run_folder import RunFolder
-from training.saved_config import check_resumable, load_saved_config
+from training.saved_config import check_resumable, flatten, load_saved_config
 from training.state import RunState, saved_state
 from training.train_config import TrainConfig
 from training.weights import check_weights, load_initial_weights
 
 Log = Callable[[str], None]
 
+SETTINGS_OF_A_RANK = ("data.cache_dir", "data.workers")  # which hosts may have of their own
+
 
 @dataclass(slots=True)
 class Run:
-    """A run that is ready to train; `resumed` says that its state came from a checkpoint."""
+    """A run that is ready to train.
+
+    Attributes:
+        resumed: its state came from a checkpoint.
+        code: commit and versions of what runs.
+        notes: what was said on the way, for train.log.
+        seconds: that each part of the set-up took.
+    """
 
     config: TrainConfig
     folder: RunFolder
@@ -53,7 +66,9 @@ class Run:
     state: RunState
     engine: Engine
     resumed: bool
-    seconds: dict[str, float]  # that each part of the set-up took
+    code: dict[str, str | None]
+    notes: list[str]
+    seconds: dict[str, float]
 
 
 def set_up(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
@@ -63,18 +78,27 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
         SettingError: something the user can mend; nothing has been overwritten.
     """
     times = [time.perf_counter()]
+    notes: list[str] = []
+
+    def log(text: str) -> None:
+        notes.append(text)
+        world.log(text)
+
+    _check_ranks_agree(world, _shared_settings(config))
     world.on_all(partial(_check_backend, config, world))
     if not world.is_first:  # the first rank's hashes are enough
         config = replace(config, data=replace(config.data, verify="quick"))
-    checkpoint = find_checkpoint(config.resume, folder, world, world.log)
+    checkpoint = find_checkpoint(config.resume, folder, world, log)
     saved = None
     if checkpoint is not None:  # before data is prepared that the run may not have
         saved = world.on_all(partial(_saved_settings, config, checkpoint))
+    elif config.resume != "never" and world.on_first(lambda: _loses_no_checkpoint(folder)):
+        log(f"{folder.path} holds a run without a checkpoint: it starts again, and its metrics with it")
     data = world.on_all(partial(prepare, config.data, config.tokenizer, log=world.log))
     times.append(time.perf_counter())
-    if checkpoint is None and config.resume != "never" and world.on_first(folder.holds_run):
-        world.log(f"{folder.path} holds a run without a checkpoint: it starts again, and its metrics with it")
-    config = world.on_all(partial(_settle, config, data, checkpoint, saved, world.log))
+    config = world.on_all(partial(_settle, config, data, checkpoint, saved, log))
+    found = {"data": data.fingerprint, "tokenizer": data.tokenizer.fingerprint}
+    _check_ranks_agree(world, found | {"engine.precision": config.engine.precision})
     loader = world.on_all(partial(_make_loader, config, data))
     state = _initial_state(config, checkpoint, world)
     if state.step >= config.max_steps and world.on_first(lambda: _is_whole(config, folder, data, state.step)):
@@ -91,12 +115,58 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
         accumulation_steps=config.sequences_per_step // world.size // state.micro_batch_size,
         micro_batch_size=state.micro_batch_size,
     )
+    code = world.on_first(_running_code)
     if checkpoint is not None:
+        _compare_code(checkpoint, code, log)
         engine.load(checkpoint.read, state.num_updates)
     times.append(time.perf_counter())
     parts = zip(("data", "model", "engine"), times[:-1], times[1:], strict=True)
     seconds = {name: end - begin for name, begin, end in parts}
-    return Run(config, folder, world, data, loader, state, engine, checkpoint is not None, seconds)
+    resumed = checkpoint is not None
+    return Run(config, folder, world, data, loader, state, engine, resumed, code, notes, seconds)
+
+
+def _shared_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that all ranks of a run must have in common."""
+    return {key: value for key, value in flatten(config).items() if key not in SETTINGS_OF_A_RANK}
+
+
+def _check_ranks_agree(world: World, values: dict[str, Any]) -> None:
+    """Refuse ranks that would train together on different things: none of them would notice.
+
+    Raises:
+        SettingError: names the first rank that differs from rank 0, and what differs.
+    """
+    first, *others = world.gather(values)
+    for rank, other in enumerate(others, start=1):
+        differing = [key for key in first if other.get(key) != first[key]]
+        if differing:
+            listed = "; ".join(f"{key}={other.get(key)} (rank 0: {first[key]})" for key in differing)[:500]
+            raise SettingError(
+                f"rank {rank} differs from rank 0: {listed}. All ranks need the same settings, data and "
+                "tokenizer: start them by one command from one checkout, on text that is complete everywhere."
+            )
+
+
+def _loses_no_checkpoint(folder: RunFolder) -> bool:
+    """Whether there is a run that was ended before its first checkpoint, to be started again.
+
+    Raises:
+        CheckpointError: it had checkpoints, which are elsewhere now; starting again would delete its record.
+    """
+    if not folder.holds_run():
+        return False
+    step = last_step(folder.metrics, "loss")
+    saved = load_saved_config(folder.config) if folder.config.exists() else {}
+    save_every, max_steps = saved.get("save_every"), saved.get("max_steps")
+    had_one = type(save_every) is int and 0 < save_every < step
+    if had_one or (step == max_steps and folder.report.exists()):
+        raise CheckpointError(
+            f"{folder.checkpoints} holds no checkpoint, but the run was saved before: its metrics go to step "
+            f"{step}. Bring its checkpoints back, choose another run_dir, or delete the run with "
+            "resume=never overwrite=true."
+        )
+    return True
 
 
 def _check_backend(config: TrainConfig, world: World) -> None:
@@ -170,6 +240,11 @@ def _settle(
                 f"{checkpoint.folder / 'config.yaml'}: total_steps is {str(total_steps)[:40]}, "
                 f"vocab_size {str(vocab_size)[:40]}, lr {str(lr)[:40]}."
             )
+        if config.max_steps < checkpoint.step:
+            raise SettingError(
+                f"max_steps={config.max_steps}, but {checkpoint.folder} is {checkpoint.step} steps on: raise "
+                "it, or choose another run_dir."
+            )
         if total_steps <= checkpoint.step < config.max_steps:
             log(f"the schedule ended at step {total_steps}: the learning rate stays what it was there")
     vocab_size = vocab_size or data.tokenizer.vocab_size
@@ -197,6 +272,28 @@ def _check_data(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint,
                 "allow_changed_data=true, or start another run_dir (init_from= takes this run's weights)."
             )
         log(f"the {key} has changed since this run was started; continuing, as allow_changed_data=true says")
+
+
+def _running_code() -> dict[str, str | None]:
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": version("deepspeed"),
+    }
+
+
+def _compare_code(checkpoint: Checkpoint, code: dict[str, str | None], log: Log) -> None:
+    """Say what has changed since the checkpoint was saved: the next steps may be rounded otherwise."""
+    saved = checkpoint.manifest.get("versions")
+    saved = saved if isinstance(saved, dict) else {}
+    changed = [
+        f"{name} {str(saved.get(name))[:40]}, now {now}"
+        for name, now in code.items()
+        if saved.get(name) != now
+    ]
+    if changed:
+        log(f"{checkpoint.folder} was saved by other code: {'; '.join(changed)}")
 
 
 def _make_loader(config: TrainConfig, data: PreparedData) -> TrainLoader:

@@ -40,6 +40,8 @@ WAITING_SECONDS = 3.0  # a rank without progress for so long looks at the others
 GONE_SECONDS = 3.0  # so long may a rank take to fail by itself when another has gone
 FROZEN_SECONDS = 5.0  # a rank without a heartbeat for so long has no running thread
 STOPPED_SECONDS = 30.0  # a rank of this host that a signal holds for so long is not waited for
+SUSPENDED_SECONDS = 10.0  # a wait for the next look that takes so long was a suspension of this process
+LOCKED_LIMITS = 10  # a rank whose watching thread doesn't run is ended after so many times the usual limit
 LIMIT_BYTES = 2**20
 
 
@@ -158,12 +160,12 @@ class Watchdog:
         return self._folder.heartbeats / f"rank{rank:05d}.json"
 
     def _run(self) -> None:
-        while not self._done.wait(POLL_SECONDS):
+        while not self._wait():
             now = time.monotonic()
             if self._peers:
                 self._write()
             if self._training:  # should this thread stop too, because the main thread holds Python's lock
-                faulthandler.dump_traceback_later(0.9 * self._limit_seconds, exit=True)
+                faulthandler.dump_traceback_later(LOCKED_LIMITS * self._limit_seconds, exit=True)
             if now - self._progress_at < WAITING_SECONDS or now - self._looked_at < len(self._peers) / 32:
                 continue
             self._look()
@@ -179,6 +181,22 @@ class Watchdog:
                 )
             if standing_seconds > STOPPED_SECONDS and self._waits_for_a_stopped_rank(now):
                 self._report_and_exit(f"no rank has made progress for {STOPPED_SECONDS:.0f} s: stopping.")
+
+    def _wait(self) -> bool:
+        """Wait for the next look; whether it was the last.
+
+        A wait that takes far longer was a suspension of the job (Ctrl-Z, `scontrol suspend`): all limits
+        begin anew when it goes on.
+        """
+        asleep_at = time.monotonic()
+        is_done = self._done.wait(POLL_SECONDS)
+        now = time.monotonic()
+        if now - asleep_at > SUSPENDED_SECONDS:
+            self._progress_at = now
+            for peer in self._peers.values():
+                peer.beat_at = peer.progress_at = now
+                peer.stopped_at = None
+        return is_done
 
     def _write(self) -> None:
         self._beat += 1
