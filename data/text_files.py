@@ -28,6 +28,7 @@ ARCHIVES = (".tar", ".tgz", ".txz", ".zip", ".bz2", ".7z", ".rar")  # refused: t
 MAX_LINE_BYTES = 32 * 2**20  # of a line of .jsonl, so that a small file can't fill the memory
 MAX_EXPANSION = 32  # how many times its size a compressed file may unpack to, if above MAX_LINE_BYTES
 UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)  # raised for damaged files
+RUN_LOCK = "run.lock"  # in the folder of a training run, whose metrics and samples are no text to train on
 SUFFIXES_SHOWN = 8  # in the line on files that are left out
 MISSING = object()  # the text of a row that lacks the field
 
@@ -74,14 +75,18 @@ def list_text_files(path: str, key: str) -> tuple[list[Path], str]:
 
 
 def _visible_files(folder: str, key: str) -> list[Path]:
-    """The files below a folder, without .git and others whose names begin with a dot."""
+    """The files below a folder, without .git and others whose names begin with a dot, and without runs."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{key}={folder}: {error.filename} can't be read: {error.strerror}") from error
 
     files = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not os.path.exists(os.path.join(parent, name, RUN_LOCK))
+        ]
         for link in filter(os.path.islink, (os.path.join(parent, name) for name in folders)):
             raise DataError(
                 f"{key}={folder}: {link} is a linked folder, which is not followed; "

@@ -53,6 +53,7 @@ class Tokenizer(Protocol):
     bos_id: int
     eos_id: int
     pad_id: int
+    unk_id: int  # of what it can't express; -1 if it can express all text
     fingerprint: str  # SHA-256 of the model's bytes
 
     def encode(self, text: str) -> np.ndarray:
@@ -119,7 +120,7 @@ class ByteTokenizer:
 
     kind = "bytes"
     vocab_size = NUM_SPECIALS + 256
-    bos_id, eos_id, pad_id = BOS_ID, EOS_ID, PAD_ID
+    bos_id, eos_id, pad_id, unk_id = BOS_ID, EOS_ID, PAD_ID, -1
     fingerprint = hashlib.sha256(b"bytes").hexdigest()
     _token_bytes = [b""] * NUM_SPECIALS + [bytes([b]) for b in range(256)]
 
@@ -143,7 +144,7 @@ class CharacterTokenizer:
     """Id 4 + i for the i-th of the sorted characters of the training text; any other character is unk."""
 
     kind = "characters"
-    bos_id, eos_id, pad_id = BOS_ID, EOS_ID, PAD_ID
+    bos_id, eos_id, pad_id, unk_id = BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
     def __init__(self, characters: str):
         self.characters = characters
@@ -192,6 +193,7 @@ class SentencePieceTokenizer:
         self.eos_id = specials[0]
         self.bos_id = specials[-1]
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        self.unk_id = processor.unk_id()
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._token_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
         first = processor.encode("a", out_type=str)[0]  # no normalizer removes it, as many do "\n"
@@ -266,6 +268,9 @@ class HuggingFaceTokenizer:
         pad_id = None if pad_token is None else tokenizer.token_to_id(pad_token)
         self.pad_id = self.eos_id if pad_id is None else pad_id
         self.pad_token = self.special_tokens["eos_token"] if pad_id is None else pad_token
+        unk_token = getattr(tokenizer.model, "unk_token", None)
+        unk_id = None if unk_token is None else tokenizer.token_to_id(unk_token)
+        self.unk_id = -1 if unk_id is None else unk_id
         self.fingerprint = hashlib.sha256(model + json.dumps(self.special_tokens).encode()).hexdigest()
 
     def _id_of(self, role: str) -> int:
@@ -426,6 +431,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if path.suffix == ".json" and path.is_file():
         raise DataError(f"{path} is one of the files of a tokenizer: give their folder, {path.parent}")
+    if not path.exists():
+        raise DataError(f"{path} is missing: give a SentencePiece model or the folder of a tokenizer")
     if not path.is_dir():
         return _build(path, SentencePieceTokenizer, read_limited(path, MAX_FILE_BYTES))
     if (path / INFO_FILE).exists():
@@ -437,7 +444,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _build(model_path, SentencePieceTokenizer, read_limited(model_path, MAX_FILE_BYTES))
     raise DataError(
         f"{path} holds no tokenizer: expected {INFO_FILE}, {HuggingFaceTokenizer.file_name}"
-        f" or {SentencePieceTokenizer.file_name}"
+        f" or {SentencePieceTokenizer.file_name} (that of a run is in checkpoints/step_…/tokenizer)"
     )
 
 

@@ -24,7 +24,7 @@ from training.command import run_command
 from training.distributed import World, process_group
 from training.errors import SettingError
 from training.evaluation import WINDOWS, evaluate, resolve_stride
-from training.evaluation_text import open_text
+from training.evaluation_text import default_length, open_text
 from training.metrics import peak_memory_gib
 from training.weights import find_model, load_model
 
@@ -34,7 +34,7 @@ class BenchmarkEvaluationConfig:
     """What to score, and how often."""
 
     checkpoint: str | None = None  # run folder, checkpoint, import or export
-    seq_len: int = 1024  # tokens
+    seq_len: int | None = None  # tokens; null: the length trained on, or of the longest document
     window: str = "disjoint"  # disjoint, strided or streaming
     max_tokens: int = 0  # score the first so many tokens; 0 for all
     batch_tokens: int = 16384  # tokens of a forward pass (at least one window), and of a streamed chunk
@@ -44,7 +44,7 @@ class BenchmarkEvaluationConfig:
         if self.window not in WINDOWS:
             raise SettingError(f"window={self.window!r} is unknown. Allowed: {', '.join(WINDOWS)}.")
         for key in ("seq_len", "batch_tokens", "repeats"):
-            if getattr(self, key) < 1:
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise SettingError(f"{key}={getattr(self, key)} must be at least 1.")
 
 
@@ -60,15 +60,14 @@ def main(config: BenchmarkEvaluationConfig) -> None:
 def _compare(config: BenchmarkEvaluationConfig, path: Path, world: World) -> None:
     trained = load_model(path, world.device)
     model = trained.model
-    documents = open_text(None, trained, config.max_tokens, {}, partial(print, file=sys.stderr)).documents
+    text = open_text(None, trained, config.max_tokens, {}, partial(print, file=sys.stderr))
+    documents, seq_len = text.documents, config.seq_len or default_length(trained, text)
     streams = config.window == "streaming"
-    batch = min(config.seq_len, config.batch_tokens) if streams else max(config.batch_tokens, config.seq_len)
+    batch = min(seq_len, config.batch_tokens) if streams else max(config.batch_tokens, seq_len)
     scored = sum(len(document.ids) - 1 for document in documents)
-    stride = resolve_stride(config.seq_len, config.window, None)
-    num_passes = max(1, round(scored * (config.seq_len / stride if stride else 1) / batch))
-    score = partial(
-        evaluate, model, documents, config.seq_len, world, window=config.window, batch_tokens=batch
-    )
+    stride = resolve_stride(seq_len, config.window, None)
+    num_passes = max(1, round(scored * (seq_len / stride if stride else 1) / batch))
+    score = partial(evaluate, model, documents, seq_len, world, window=config.window, batch_tokens=batch)
     forward = partial(_forward, model, batch, num_passes, streams, world.device)
     sides: tuple[tuple[Callable, list[float]], ...] = ((score, []), (forward, []))
     for turn in range(config.repeats + 1):
@@ -82,7 +81,7 @@ def _compare(config: BenchmarkEvaluationConfig, path: Path, world: World) -> Non
     ours, floor = (statistics.median(seconds) for _, seconds in sides)
     speeds = scored / ours, num_passes * batch / floor
     print(
-        f"{len(documents)} documents, {scored:,} tokens, window={config.window} seq_len={config.seq_len}: "
+        f"{len(documents)} documents, {scored:,} tokens, window={config.window} seq_len={seq_len}: "
         f"{speeds[0]:,.0f} tokens/s; the model alone, {num_passes} passes of {batch:,} tokens: "
         f"{speeds[1]:,.0f} tokens/s. Medians of {config.repeats}; "
         f"peak {peak_memory_gib(world.device):.2f} GiB."

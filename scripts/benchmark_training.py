@@ -140,7 +140,7 @@ def run_point(point: dict, limit_seconds: float) -> dict:
     print("\n".join(report), end="\n" if report else "")
     if result.returncode == 0:
         return row | json.loads(last) | {"status": "ok"}
-    lines = result.stderr.strip().splitlines() or ["no message"]
+    lines = result.stderr.strip().splitlines() or [f"ended without a message, code {result.returncode}"]
     error = next((line for line in reversed(lines) if "rror:" in line), lines[-1])[:300]
     status = "oom" if "OutOfMemoryError" in result.stderr else "failed"
     return row | {"status": status, "error": error, "last_lines": lines[-30:]}

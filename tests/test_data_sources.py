@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -68,11 +69,13 @@ def test_parquet(tmp_path):
 
 
 def test_folders_are_read_sorted_and_other_files_left_out(tmp_path):
-    for name in ("b/2.TXT", "a.txt", "b/1.txt", "b/notes.md", "c.py", ".git/x.txt", "b/.old.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    of_a_run = ("runs/x/run.lock", "runs/x/samples.jsonl", "runs/x/checkpoints/a.txt")
+    for name in ("b/2.TXT", "a.txt", "b/1.txt", "b/notes.md", "c.py", ".git/x.txt", "b/.old.txt", *of_a_run):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     assert read_texts(tmp_path) == ["a.txt", "b/1.txt", "b/2.TXT"]
     assert read_texts(tmp_path, max_documents=2) == ["a.txt", "b/1.txt"]
+    shutil.rmtree(tmp_path / "runs")
     left_out = "left out files of other kinds, 2 in all: .md (1), .py (1)"
     for path in (tmp_path, tmp_path / "**" / "*"):
         source = open_source(DataConfig(source="text", path=str(path)))

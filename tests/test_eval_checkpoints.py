@@ -176,6 +176,17 @@ def test_results_of_other_weights_are_not_reused(folder):
     assert abs(result["loss"] - before) > 1e-3
 
 
+def test_text_without_spaces_has_word_perplexities_that_are_kept(folder):
+    """They may be as large as a float goes."""
+    run = make_run(folder / "run")
+    Path("zh.txt").write_text("線性注意力" * 3)
+    for window in ("disjoint", "streaming"):
+        score(f"checkpoint={run}", "data.path=zh.txt", "seq_lens=[16]", f"window={window}")
+    results = results_of(run, "step_00000003-zh.json")["results"]
+    assert [result["window"] for result in results] == ["disjoint", "streaming"]
+    assert results[0]["word_perplexity"] > 1e30
+
+
 def test_texts_of_one_name_don_t_overwrite_each_other(folder):
     run = make_run(folder / "run")
     for place, words in (("a", 30), ("b", 60)):
@@ -230,7 +241,9 @@ def test_points_that_fail_leave_the_others(folder, capsys, monkeypatch):
         score(f"checkpoint={run}/checkpoints/*", "seq_lens=[128,5000,32]")
     assert str(caught.value).splitlines() == [
         "seq_lens=128: out of memory. Use a shorter length, or a smaller batch_tokens.",
-        "and 2 more points failed.",
+        "a length of 5000 is longer than the longest document (230 tokens): use a shorter one, a longer "
+        "text, or window=streaming.",
+        f"{run}/checkpoints/step_00000004 is not a complete checkpoint: manifest.sha256 is missing.",
     ]
     assert [result["seq_len"] for result in results_of(run)["results"]] == [32]
     assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[2:]] == ["32"]
@@ -278,7 +291,7 @@ def test_an_export_scores_as_its_checkpoint_and_as_transformers_does(folder, cap
         (["checkpoint=run", "seq_lens=[]"], r"seq_lens=\[\] must be"),
         (["checkpoint=run", "window=sliding"], "window='sliding' is unknown. Allowed: disjoint"),
         (["checkpoint=run", "stride=4"], "stride=4 needs window=strided"),
-        (["checkpoint=run", "window=strided", "stride=65"], "stride=65 is longer than seq_lens=64"),
+        (["checkpoint=run", "window=strided", "stride=65"], "stride=65 is longer than the length, 64"),
         (["checkpoint=run", "precision=fp8"], "precision='fp8' is unknown"),
         (["checkpoint=run", "data.path=none.txt"], "data.path=none.txt: no such file"),
         (["checkpoint=run", "data.path=empty.txt"], "no document with any text in empty.txt"),
@@ -334,7 +347,7 @@ def test_ranks_agree(folder, window, ranks):
     run_folder = make_run(folder / "run")
     settings = [f"window={window}", "data.path=corpus.jsonl", "seq_lens=[32,100000]", "batch_tokens=96"]
     if window == "disjoint":
-        with pytest.raises(SettingError, match="seq_lens=100000 is longer than the longest"):
+        with pytest.raises(SettingError, match="a length of 100000 is longer than the longest"):
             score("checkpoint=run", *settings)
     else:
         score("checkpoint=run", *settings)

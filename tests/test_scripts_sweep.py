@@ -223,7 +223,7 @@ def test_one_failure_does_not_end_the_sweep(tmp_path):
     failed, oom, killed, done = manifest.records.values()
     assert failed["error"] == "first line | error: no such thing | exit code 1"
     assert oom["error"].startswith("torch.OutOfMemoryError: CUDA out of memory")
-    assert killed["error"] == "killed by signal 9"
+    assert killed["error"] == "killed by signal 9, as by a system that is out of memory"
     assert done["error"] is None
     rows = read_csv(tmp_path)
     assert [row["status"] for row in rows] == ["failed", "oom", "failed", "done"]

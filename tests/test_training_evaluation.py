@@ -15,7 +15,7 @@ from models.config import ModelConfig
 from models.transnormer import TransNormer
 from training.distributed import World
 from training.errors import SettingError
-from training.evaluation import EvalDocument, documents_of, evaluate, resolve_stride
+from training.evaluation import EvalDocument, describe_unknown, documents_of, evaluate, resolve_stride
 
 ALONE = World(0, 1, torch.device("cpu"))
 VOCABULARY = 32
@@ -224,9 +224,23 @@ def test_bytes_of_a_cut_where_the_tokenizer_drops_a_first_space():
         assert document.num_bytes == len(tokenizer.decode(ids[: max_tokens + 1].tolist()))
 
 
+def test_text_that_a_tokenizer_can_t_express_is_said():
+    def described(tokenizer, text: str) -> str:
+        ids = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
+        return describe_unknown(documents_of([(ids, len(text.encode()))], tokenizer), tokenizer)
+
+    assert described(CharacterTokenizer("ab"), "a日本b").startswith(
+        "2 of the 5 tokens to score stand for text"
+    )
+    assert described(CharacterTokenizer("ab"), "abba") == ""
+    assert described(ByteTokenizer(), "a日本b") == ""
+
+
 def test_too_short_or_empty_text_is_refused():
     model = tiny_model()
-    with pytest.raises(SettingError, match=r"seq_lens=50 is longer than the longest document \(9 tokens\)"):
+    with pytest.raises(
+        SettingError, match=r"a length of 50 is longer than the longest document \(9 tokens\)"
+    ):
         evaluate(model, make_documents(10, 4), 50, ALONE)
     assert evaluate(model, make_documents(10, 4), 50, ALONE, window="streaming").tokens == 12
     with pytest.raises(SettingError, match="no text"):
@@ -234,5 +248,5 @@ def test_too_short_or_empty_text_is_refused():
 
 
 def test_a_stride_that_leaves_targets_out_is_refused():
-    with pytest.raises(SettingError, match="stride=9 is longer than seq_lens=8"):
+    with pytest.raises(SettingError, match="stride=9 is longer than the length, 8"):
         evaluate(tiny_model(), make_documents(20), 8, ALONE, window="strided", stride=9)

@@ -105,7 +105,7 @@ def test_evaluations_of_different_kinds_are_lines_of_their_own(tmp_path, monkeyp
         f"{text}strided stride=8 bf16": [64],
     }
     over_tokens = {label: tokens for label, tokens, _ in drawn["over"]}
-    assert over_tokens["some|text, disjoint bf16 64"] == [128, 192]
+    assert over_tokens["some|text, disjoint bf16, seq_len 64"] == [128, 192]
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "samples.jsonl", "eval"])

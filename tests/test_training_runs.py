@@ -219,12 +219,15 @@ def test_runs_and_sweeps_have_folders_of_their_own(text, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run" / "run.lock").touch()
+    nested = tmp_path / "run" / "checkpoints" / "run"
     sweep = ["-m", "scripts.sweep", "sweep=seq_len_demo", f"run_dir={tmp_path / 'run'}"]
     for command, reason in [
         (["train.py", *settings(text, tmp_path / "sweep")], "holds a sweep"),
         (sweep, "holds a run"),
         (["-m", "scripts.report", f"run_dir={tmp_path / 'empty'}"], "holds no run"),
         (["train.py", *settings(text, Path("/proc/run"))], "/proc/run can't be written"),
+        (["train.py", *settings(text, nested)], "lies among the checkpoints of "),
     ]:
         result = run(command)
         assert result.returncode == 2, (command, result.stderr)
@@ -246,7 +249,7 @@ def test_resume_refuses_other_settings_by_name(text, reference):
     more = ["max_steps=99", "optim.lr=0.5", "seq_len=16", "data.max_documents=7"]
     result = run(["train.py", *settings(text, reference, *more)])
     assert result.returncode == 2
-    assert "data.max_documents=7 (run: None)" in result.stderr
+    assert "data.max_documents=7 (run: null)" in result.stderr
     assert "optim.lr=0.5 (run: 0.003)" in result.stderr
     assert "seq_len=16 (run: 32)" in result.stderr
     assert "prepared" not in result.stderr  # a large text would take hours
@@ -287,6 +290,18 @@ def test_an_initialised_run_starts_from_the_weights_of_another(text, reference, 
     assert result.returncode == 0, result.stderr
     losses = [loss for loss, _ in curve(reference)]
     assert curve(tmp_path / "run")[0][0] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("other", ["tokenizer=characters", "tokenizer=sentencepiece"])
+def test_an_initialised_run_with_another_tokenizer_is_refused_before_data_is_prepared(
+    other, text, reference, tmp_path
+):
+    cache = tmp_path / "cache"
+    arguments = settings(text, tmp_path / "run", "max_steps=1", f"init_from={reference}", *other.split())
+    result = run(["train.py", *arguments, f"data.cache_dir={cache}"])
+    assert result.returncode == 2
+    assert "has another tokenizer: use tokenizer=file tokenizer.path=" in result.stderr
+    assert not cache.exists()
 
 
 def test_multirun_gives_each_point_a_folder(text, tmp_path, monkeypatch):

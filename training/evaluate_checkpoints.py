@@ -34,7 +34,7 @@ from training.evaluation_results import (
     read_evaluation,
     read_evaluations,
 )
-from training.evaluation_text import Text, check_tokenizer, open_text
+from training.evaluation_text import Text, check_tokenizer, default_length, open_text
 from training.metrics import finite
 from training.out_of_memory import is_out_of_memory
 from training.run_folder import RunFolder
@@ -43,6 +43,7 @@ from training.tables import aligned_table
 from training.weights import SavedModel, check_precision, find_models, identify, load_model
 
 SCORING = 2  # counted up when the same settings would give other numbers, so that old results are not reused
+SHOWN_PROBLEMS = 4
 TIMEOUT_MINUTES = 240.0  # ranks may wait this long for one that has longer documents
 WINDOW_RULES = {
     "disjoint": "windows of seq_len inputs that don't overlap, each from a fresh state",
@@ -104,8 +105,10 @@ def evaluate_checkpoints(config: EvalConfig) -> int:
         if world.is_first and evaluations:
             _show(config, evaluations)
     if problems:
-        more = problems[1:] if len(problems) < 3 else [f"and {len(problems) - 1} more points failed."]
-        raise SettingError("\n".join(problems[:1] + more))
+        more = [f"and {len(problems) - SHOWN_PROBLEMS} more points failed."] * (
+            len(problems) > SHOWN_PROBLEMS
+        )
+        raise SettingError("\n".join(problems[:SHOWN_PROBLEMS] + more))
     return 0
 
 
@@ -161,7 +164,7 @@ def _evaluate_one(
     not_kept = ""
     file, known = world.on_first(partial(_known_results, saved, evaluation))
     model = None
-    for seq_len in config.seq_lens or [_default_length(saved, text)]:
+    for seq_len in config.seq_lens or [default_length(saved, text)]:
         settings = _point_settings(config, saved, seq_len)
         result = next((entry for entry in known if settings.items() <= entry.items()), None)
         if result is None:
@@ -195,16 +198,6 @@ def _point_settings(config: EvalConfig, saved: SavedModel, seq_len: int) -> dict
         "precision": config.precision or saved.precision,
         "scoring": SCORING,
     }
-
-
-def _default_length(saved: SavedModel, text: Text) -> int:
-    """The length that the model was trained on, or of the longest document if that is shorter."""
-    trained = saved.settings.get("seq_len")
-    if type(trained) is not int or trained < 1:
-        raise SettingError(
-            f"seq_lens is not set, and {saved.path} does not say its own: give seq_lens=[1024]."
-        )
-    return min(trained, text.longest)
 
 
 class _Guarded:

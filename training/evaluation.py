@@ -101,6 +101,18 @@ def documents_of(split, tokenizer, max_tokens: int = 0) -> list[EvalDocument]:
     return documents
 
 
+def describe_unknown(documents: list[EvalDocument], tokenizer) -> str:
+    """A line on tokens that stand for text which the tokenizer can't express; empty if there are none."""
+    unknown = sum(int(np.count_nonzero(document.ids == tokenizer.unk_id)) for document in documents)
+    if not unknown:
+        return ""
+    total = sum(len(document.ids) - 1 for document in documents)
+    return (
+        f"{unknown:,} of the {total:,} tokens to score stand for text that the tokenizer can't express: "
+        "losses and bits per byte are too low to be compared with those of another tokenizer"
+    )
+
+
 def _bytes_of_cut(ids: list[int], rest: list[int], tokenizer) -> int:
     """Bytes of the text of `ids`, which `rest` follows; the cut may lie within a character.
 
@@ -144,12 +156,14 @@ def evaluate(
         raise SettingError("data: no text to score.")
     if window != "streaming" and max(lengths) < seq_len:
         raise SettingError(
-            f"seq_lens={seq_len} is longer than the longest document ({max(lengths)} tokens): "
-            f"use a shorter length, a longer text, or window=streaming."
+            f"a length of {seq_len} is longer than the longest document ({max(lengths)} tokens): "
+            f"use a shorter one, a longer text, or window=streaming."
         )
     stride = resolve_stride(seq_len, window, stride)
     if stride is not None and stride > seq_len:
-        raise SettingError(f"stride={stride} is longer than seq_lens={seq_len}: targets would be left out.")
+        raise SettingError(
+            f"stride={stride} is longer than the length, {seq_len}: targets would be left out."
+        )
     tally = _Tally(lengths)
     with torch.no_grad():
         if window == "streaming":

@@ -60,8 +60,8 @@ def read_evaluation(path: Path) -> dict[str, Any] | None:
 def _is_evaluation(evaluation: dict[str, Any]) -> bool:
     """Whether every value that is shown is of its kind; the file may come from elsewhere."""
     results = evaluation["results"]
-    optional = [evaluation["step"], evaluation["training_tokens"]]
-    optional += [result[key] for result in results for key in OPTIONAL_NUMBERS]
+    counts = [evaluation["step"], evaluation["training_tokens"]]
+    optional = [result[key] for result in results for key in OPTIONAL_NUMBERS]
     numbers = [result[key] for result in results for key in RESULT_NUMBERS]
     positions = [place for result in results for place in result.get("loss_by_position", [])]
     return (
@@ -69,10 +69,16 @@ def _is_evaluation(evaluation: dict[str, Any]) -> bool:
         and all(result["window"] in WINDOWS for result in results)
         and all(result.get("precision", "bf16") in ("bf16", "fp32") for result in results)
         and all((result["loss_low"] is None) == (result["loss_high"] is None) for result in results)
-        and all(value is None or is_number(value) for value in optional)
+        and all(count is None or is_number(count) for count in counts)
+        and all(value is None or is_number(value) or _is_finite(value) for value in optional)
         and all(map(is_number, numbers))
         and all(len(place) == 3 and all(map(is_number, place)) for place in positions)
     )
+
+
+def _is_finite(value: Any) -> bool:
+    """A word perplexity has no bound, where words are long."""
+    return type(value) is float and math.isfinite(value)
 
 
 def with_unique_data_names(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -129,12 +135,12 @@ def draw_evaluations(
             if result["perplexity"] is not None:
                 by_length.setdefault(label, []).append((result["seq_len"], result["perplexity"]))
             positions = [(max(2 * first, 1), loss) for first, _, loss in result.get("loss_by_position", [])]
-            by_position.append((f"{label} {result['seq_len']}", *_columns(positions)))
+            by_position.append((f"{label}, seq_len {result['seq_len']:,}", *_columns(positions)))
     over_tokens: dict[str, list[tuple[float, float]]] = {}
     for evaluation in evaluations:
         for result in evaluation["results"]:
             if None not in (evaluation["training_tokens"], result["perplexity"]):
-                label = f"{evaluation['data']}, {_kind(result, precisions)} {result['seq_len']}"
+                label = f"{evaluation['data']}, {_kind(result, precisions)}, seq_len {result['seq_len']:,}"
                 over_tokens.setdefault(label, []).append(
                     (evaluation["training_tokens"], result["perplexity"])
                 )

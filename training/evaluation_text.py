@@ -11,7 +11,7 @@ from data.config import DataConfig, TokenizerConfig
 from data.prepare import PreparedData, find_prepared, prepare
 from data.tokenizer import load_tokenizer
 from training.errors import SettingError
-from training.evaluation import EvalDocument, documents_of
+from training.evaluation import EvalDocument, describe_unknown, documents_of
 from training.weights import SavedModel
 
 CACHE_DIR = DataConfig().cache_dir  # where an evaluation may write what it prepares
@@ -74,7 +74,9 @@ def open_text(
                 f"data={data.source}: {prepared.folder} has no validation documents to score. Give the text "
                 "as data=text data.path=FILE, or prepare it with data.valid_fraction=1.0."
             )
-        opened[key] = Text(prepared, max_tokens)
+        opened[key] = text = Text(prepared, max_tokens)
+        if line := describe_unknown(text.documents, prepared.tokenizer):
+            log(line)
     return opened[key]
 
 
@@ -108,6 +110,16 @@ def _training_data(saved: SavedModel) -> tuple[DataConfig, TokenizerConfig]:
         return data, tokenizer
     except (KeyError, TypeError) as error:
         raise SettingError(f"{saved.path / 'config.yaml'}: no data settings ({error}).") from None
+
+
+def default_length(saved: SavedModel, text: Text) -> int:
+    """The length that the model was trained on, or of the longest document if that is shorter."""
+    trained = saved.settings.get("seq_len")
+    if type(trained) is not int or trained < 1:
+        raise SettingError(
+            f"seq_lens is not set, and {saved.path} does not say its own: give seq_lens=[1024]."
+        )
+    return min(trained, text.longest)
 
 
 def check_tokenizer(asked: TokenizerConfig | None, saved: SavedModel) -> None:

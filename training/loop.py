@@ -34,7 +34,7 @@ from training.checkpoint import NonFiniteError, remove_old, save_checkpoint
 from training.distributed import World, is_first, is_restart, process_group
 from training.engine import Fragment, StepResult
 from training.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, SettingError
-from training.evaluation import documents_of, evaluate
+from training.evaluation import describe_unknown, documents_of, evaluate
 from training.interrupt import Interrupt, StopRequested
 from training.metrics import Console, MetricsFile, WandbRun, last_step, peak_flops, peak_memory_gib
 from training.optimizer import learning_rate, ramped
@@ -569,12 +569,15 @@ class Trainer:
         verb = f"resuming at step {self.state.step}" if self.state.step else "starting"
         self._say(
             f"{verb}: {model.name}, {model.num_parameters():,} parameters, vocabulary {model.vocab_size}, "
-            f"attention {attention}, {config.engine.precision}, ZeRO {self.engine.stage}"
+            f"attention {attention}, {config.engine.precision}"
+            f"{', linear maps in fp8' if config.engine.fp8 else ''}, ZeRO {self.engine.stage}"
         )
         self._say(
             f"data {self.data.name}: {self.data.train.tokens:,} training tokens in "
             f"{self.data.train.documents:,} documents"
         )
+        if line := describe_unknown(self.valid_documents, self.data.tokenizer):
+            self._say(line)
         self._say(
             f"seq_len {config.seq_len}, batch {config.batch_tokens:,} tokens = {world.size} rank(s) x "
             f"{self.engine.accumulation_steps} micro-steps x {self.state.micro_batch_size} sequences, "

@@ -50,6 +50,7 @@ def plot_throughput(path: Path, speed: Line) -> None:
     figure, (axes,) = new_figure("Throughput")
     _curve(axes, speed, "tab:red")
     axes.set(ylabel="tokens per second", ylim=(0, None))
+    plain_ticks(axes.yaxis)
     _token_axis(axes)
     save(figure, path)
 
@@ -75,7 +76,10 @@ def plot_perplexity_by_length(path: Path, lines: list[Line]) -> None:
     """Perplexity over sequence length, one line per checkpoint, data and window rule."""
     figure, (axes,) = new_figure("Perplexity by sequence length")
     _lines(axes, lines)
-    axes.set(ylabel="perplexity per token")
+    perplexities = [perplexity for _, _, y in lines for perplexity in y]
+    is_wide = max(perplexities) > 10 * min(perplexities)
+    axes.set(ylabel="perplexity per token", yscale="log" if is_wide else "linear")
+    plain_ticks(axes.yaxis)
     length_axis(axes)
     save(figure, path)
 
@@ -155,16 +159,16 @@ def length_axis(axes, label: str = "sequence length (tokens)") -> None:
 
 
 def plain_ticks(axis) -> None:
-    """Label a logarithmic axis with plain numbers, also between powers of ten as far as there is room."""
+    """Label an axis with plain numbers; a logarithmic one between powers of ten too, where there is room."""
     from matplotlib.ticker import FuncFormatter, StrMethodFormatter
 
     def between_powers(value: float, _: int | None) -> str:
         low, high = axis.get_view_interval()
         has_room = high < 8 * low or f"{value:e}"[0] in "235"
-        return f"{value:,g}" if has_room else ""
+        return f"{value:,.12g}" if has_room else ""
 
-    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    if axis.get_transform().base == 10:
+    axis.set_major_formatter(StrMethodFormatter("{x:,.12g}"))
+    if axis.get_scale() == "log" and axis.get_transform().base == 10:
         axis.set_minor_formatter(FuncFormatter(between_powers))
         axis.set_tick_params(which="minor", labelsize="small")
         axis.grid(visible=True, which="minor", alpha=0.15)

@@ -72,6 +72,11 @@ class RunFolder:
             SettingError: another process trains in it, or it holds a sweep or a model; resume=must without a
                 checkpoint there, or resume=never with a run there, unless `overwrite` allows it.
         """
+        for folder in (self.path, *self.path.absolute().parents):
+            if folder.name == "checkpoints" and (folder.parent / self.lock_file.name).exists():
+                raise SettingError(
+                    f"run_dir={self.path} lies among the checkpoints of {folder.parent}: choose another."
+                )
         self.lock()
         if (self.path / "sweep.json").exists():
             raise SettingError(f"run_dir={self.path} holds a sweep: choose another folder for the run.")

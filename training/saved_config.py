@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], where: Path) -> 
     adopted |= {"micro_batch_size": "auto", "init_from": None}
     changeable = CHANGEABLE_ON_RESUME + (("data.", "tokenizer.") if config.allow_changed_data else ())
     differing = [
-        f"{key[:80]}={new.get(key)!r} (run: {repr(old[key])[:80] if key in old else 'older code without it'})"
+        f"{key[:80]}={as_written(new.get(key))} "
+        f"(run: {as_written(old[key])[:80] if key in old else 'older code without it'})"
         for key in sorted(new.keys() | old.keys())
         if new.get(key) != old.get(key)
         and not key.startswith(changeable)
@@ -118,6 +120,11 @@ def check_resumable(config: TrainConfig, saved: dict[str, Any], where: Path) -> 
             f"{where} was started with other settings: {'; '.join(differing)[:2000]}. "
             f"Use the run's values, or another run_dir{hint}."
         )
+
+
+def as_written(value: Any) -> str:
+    """A setting's value as it is given on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

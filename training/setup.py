@@ -37,10 +37,10 @@ from training.metrics import last_step
 from training.micro_batch import resolve_micro_batch
 from training.optimizer import default_lr
 from training.run_folder import RunFolder
-from training.saved_config import check_resumable, flatten, load_saved_config
+from training.saved_config import as_written, check_resumable, flatten, load_saved_config
 from training.state import RunState, saved_state
 from training.train_config import TrainConfig
-from training.weights import check_weights, load_initial_weights
+from training.weights import check_initial_tokenizer, check_weights, load_initial_weights
 
 Log = Callable[[str], None]
 
@@ -94,6 +94,8 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
         saved = world.on_all(partial(_saved_settings, config, checkpoint))
     elif config.resume != "never" and world.on_first(lambda: _loses_no_checkpoint(folder)):
         log(f"{folder.path} holds a run without a checkpoint: it starts again, and its metrics with it")
+    if checkpoint is None and config.init_from:
+        world.on_all(partial(check_initial_tokenizer, config.init_from, config.tokenizer))
     data = world.on_all(partial(prepare, config.data, config.tokenizer, log=world.log))
     times.append(time.perf_counter())
     config = world.on_all(partial(_settle, config, data, checkpoint, saved, log))
@@ -141,7 +143,9 @@ def _check_ranks_agree(world: World, values: dict[str, Any]) -> None:
     for rank, other in enumerate(others, start=1):
         differing = [key for key in first if other.get(key) != first[key]]
         if differing:
-            listed = "; ".join(f"{key}={other.get(key)} (rank 0: {first[key]})" for key in differing)[:500]
+            listed = "; ".join(
+                f"{key}={as_written(other.get(key))} (rank 0: {as_written(first[key])})" for key in differing
+            )[:500]
             raise SettingError(
                 f"rank {rank} differs from rank 0: {listed}. All ranks need the same settings, data and "
                 "tokenizer: start them by one command from one checkout, on text that is complete everywhere."

@@ -147,8 +147,10 @@ def outcome(record: dict) -> str:
         return f"{record['status']} after {duration(record['seconds'])}: {record['error']}"
     measured = record["measured"]
     mfu = "" if measured["mfu"] is None else f", MFU {measured['mfu']:.1%}"
-    loss = measured["loss"] if measured["valid_loss"] is None else measured["valid_loss"]
+    loss = f"loss {measured['loss']:.4f}"
+    if measured["valid_loss"] is not None:
+        loss = f"validation loss {measured['valid_loss']:.4f}"
     return (
         f"{measured['tokens_per_second']:,.0f} tokens/s{mfu}, {measured['peak_memory_gib']:.1f} GiB, "
-        f"loss {loss:.4f} ({duration(record['seconds'])})"
+        f"{loss} ({duration(record['seconds'])})"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import psutil
 import torch
 
 from training.gpus import Gpu, require_gpu
@@ -60,5 +61,6 @@ def _memory(point: Point, num_ranks: int, gpu: Gpu | None) -> tuple[int, str]:
         size = max(1, largest_micro_batch(config, num_ranks, gpu.memory_gib * 2**30))
     peak_gib = sum(memory_parts(config, num_ranks, size).values()) / 2**30
     if gpu is None:
-        return size, f"{peak_gib + CPU_PROCESS_GIB:.1f}"
-    return size, f"{peak_gib:.1f}" + (" (OOM?)" if peak_gib > gpu.memory_gib else "")
+        peak_gib += CPU_PROCESS_GIB
+    memory_gib = gpu.memory_gib if gpu else psutil.virtual_memory().total / 2**30 / num_ranks
+    return size, f"{peak_gib:.1f}" + (" (OOM?)" if peak_gib > memory_gib else "")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from data.config import TokenizerConfig
 from data.tokenizer import Tokenizer, load_tokenizer
 from models.config import ModelConfig
 from models.transnormer import TransNormer
@@ -242,6 +243,25 @@ def check_weights(model: TransNormer, shapes: dict[str, tuple[int, ...]], where:
         raise CheckpointError(f"{where} does not fit the model: {shown}.")
 
 
+def check_initial_tokenizer(spec: str, tokenizer: TokenizerConfig) -> None:
+    """Refuse settings of a tokenizer that can't be that of `init_from=`, before data is prepared with it.
+
+    Raises:
+        CheckpointError: another kind or size of tokenizer, or no model there.
+    """
+    saved = identify(find_model(spec, "init_from"))
+    other_kind = tokenizer.kind not in ("file", saved.tokenizer.kind)
+    other_size = tokenizer.kind == "sentencepiece" and tokenizer.vocab_size != saved.tokenizer.vocab_size
+    if other_kind or other_size:
+        raise _other_tokenizer(spec, saved)
+
+
+def _other_tokenizer(spec: str, saved: SavedModel) -> CheckpointError:
+    return CheckpointError(
+        f"init_from={spec} has another tokenizer: use tokenizer=file tokenizer.path={saved.tokenizer_path}."
+    )
+
+
 def load_initial_weights(model: TransNormer, spec: str, tokenizer: Tokenizer) -> None:
     """Start a run from trained weights (`init_from=`); the tokenizer must be theirs.
 
@@ -251,8 +271,8 @@ def load_initial_weights(model: TransNormer, spec: str, tokenizer: Tokenizer) ->
     source = find_model(spec, "init_from")
     trained = load_model(source, precision="fp32")
     if trained.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise CheckpointError(
-            f"init_from={spec} has another tokenizer: "
-            f"use tokenizer=file tokenizer.path={trained.tokenizer_path}."
-        )
-    copy_weights(model, dict(trained.model.named_parameters()), source)
+        raise _other_tokenizer(spec, trained)
+    try:
+        copy_weights(model, dict(trained.model.named_parameters()), source)
+    except CheckpointError as error:
+        raise CheckpointError(f"init_from={spec} is {trained.model.config.name}: {error}") from None
