@@ -164,11 +164,14 @@ def test_metrics_forget_going_back_to_a_step_when_a_kill_has_undone_it(tmp_path)
     assert read_metrics(file.path) == [{"step": 20, "loss": 1.0}]
 
 
-def test_fewer_steps_than_have_been_trained_are_refused(text, tmp_path):
-    assert train(text, tmp_path / "run", "max_steps=3").wait() == [0]
-    ranks = train(text, tmp_path / "run", "max_steps=2")
-    assert ranks.wait() == [2]
-    assert "max_steps=2, but " in ranks.stderr()
+def test_fewer_steps_than_have_been_trained_change_nothing(text, tmp_path):
+    run_dir = tmp_path / "run"
+    assert train(text, run_dir, "max_steps=3", "eval_every=2").wait() == [0]
+    before = {name: (run_dir / name).read_bytes() for name in ("config.yaml", "metrics.jsonl", "train.log")}
+    ranks = train(text, run_dir, "max_steps=2")
+    assert ranks.wait() == [0]
+    assert "finished at step 3; raise max_steps to train on" in ranks.stderr()
+    assert {name: (run_dir / name).read_bytes() for name in before} == before
 
 
 def test_a_resume_with_other_code_says_what_changed(text, tmp_path):

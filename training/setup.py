@@ -103,7 +103,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
     _check_ranks_agree(world, found | {"engine.precision": config.engine.precision})
     loader = world.on_all(partial(_make_loader, config, data))
     state = _initial_state(config, checkpoint, world)
-    if state.step >= config.max_steps and world.on_first(lambda: _is_whole(config, folder, data, state.step)):
+    if world.on_first(lambda: _is_done(config, folder, data, state.step)):
         world.log(f"{folder.path}: finished at step {state.step}; raise max_steps to train on.")
         return None
     world.on_first(lambda: _check_space(config, folder, state))
@@ -244,11 +244,6 @@ def _settle(
                 f"{checkpoint.folder / 'config.yaml'}: total_steps is {str(total_steps)[:40]}, "
                 f"vocab_size {str(vocab_size)[:40]}, lr {str(lr)[:40]}."
             )
-        if config.max_steps < checkpoint.step:
-            raise SettingError(
-                f"max_steps={config.max_steps}, but {checkpoint.folder} is {checkpoint.step} steps on: raise "
-                "it, or choose another run_dir."
-            )
         if total_steps <= checkpoint.step < config.max_steps:
             log(f"the schedule ended at step {total_steps}: the learning rate stays what it was there")
     vocab_size = vocab_size or data.tokenizer.vocab_size
@@ -332,8 +327,10 @@ def _initial_state(config: TrainConfig, checkpoint: Checkpoint | None, world: Wo
     return replace(saved, micro_batch_size=micro_batch_size)
 
 
-def _is_whole(config: TrainConfig, folder: RunFolder, data: PreparedData, step: int) -> bool:
-    """Whether the last evaluation and sample have been made: a run can be stopped in them."""
+def _is_done(config: TrainConfig, folder: RunFolder, data: PreparedData, step: int) -> bool:
+    """Whether all steps have been taken and the last evaluation and sample made: a run can stop in them."""
+    if step != config.max_steps:
+        return step > config.max_steps
     is_evaluated = not data.valid.documents or last_step(folder.metrics, "valid_loss") >= step
     return is_evaluated and (not config.sample_every or last_step(folder.samples, "text") >= step)
 
