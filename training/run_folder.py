@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from data.files import CANNOT_LOCK, explain_write_errors
+from data.text_files import RUN_LOCK
 from training.checkpoint import STEP_FOLDER
 from training.errors import SettingError
 from training.model_folder import is_model_folder
@@ -30,7 +31,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.evaluations = self.path / "eval"
         self.heartbeats = self.path / "heartbeats"
-        self.lock_file = self.path / "run.lock"
+        self.lock_file = self.path / RUN_LOCK
         self._lock: int | None = None
         self._locked: os.stat_result | None = None
 
@@ -73,7 +74,7 @@ class RunFolder:
                 checkpoint there, or resume=never with a run there, unless `overwrite` allows it.
         """
         for folder in (self.path, *self.path.absolute().parents):
-            if folder.name == "checkpoints" and (folder.parent / self.lock_file.name).exists():
+            if folder.name == "checkpoints" and (folder.parent / RUN_LOCK).exists():
                 raise SettingError(
                     f"run_dir={self.path} lies among the checkpoints of {folder.parent}: choose another."
                 )
@@ -150,28 +151,28 @@ class RunFolder:
         """
         assert self._lock is not None
         assert self._locked is not None
-        try:
-            is_here = os.path.samestat(os.stat(self.path), self._locked)
-        except FileNotFoundError:
-            is_here = False
-        if not is_here:
-            raise SettingError(
-                f"run_dir={self.path} was moved or deleted while this run trained in it: stopping. If it was "
-                "moved, move it back, or go on from its last checkpoint with run_dir= its new place."
-            )
-        try:
-            is_ours = os.path.samestat(os.stat(self.lock_file), os.fstat(self._lock))
-        except FileNotFoundError:
-            is_ours = False
-        if is_ours:
-            with explain_write_errors(self.path):
+        with explain_write_errors(self.path):
+            if _is_at(self.lock_file, os.fstat(self._lock)):
                 os.utime(self._lock)  # so that what deletes old files leaves it
-        else:
-            self.unlock()
-            self.lock()
+                return
+            if not _is_at(self.path, self._locked):
+                raise SettingError(
+                    f"run_dir={self.path} was moved or deleted while this run trained in it: stopping. If it "
+                    "was moved, move it back, or go on from its last checkpoint with run_dir= its new place."
+                )
+        self.unlock()
+        self.lock()
 
     def unlock(self) -> None:
         """Let others train here."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _is_at(path: Path, known: os.stat_result) -> bool:
+    """Whether the file or folder of that status is at a path."""
+    try:
+        return os.path.samestat(os.stat(path), known)
+    except FileNotFoundError:
+        return False
