@@ -148,21 +148,7 @@ def _cell(row: dict[str, Any], key: str, form: str, goal: float | None = None, a
 def _kill_text(kill: RankKill) -> str:
     """What happened in each leg, and how far the losses are from the run that was never stopped."""
     result = kill.result
-    lines = []
-    for index, leg in enumerate(result["legs"]):
-        if index == 0:
-            lines.append(
-                f"- {kill.point.label}, {kill.point.crossed['engine']}, {leg['num_gpus']} GPUs: rank "
-                f"{leg['killed_rank']} killed with SIGKILL after step {kill.kill_after + 2}; the command "
-                f"ended with {leg['exit_code']} after {leg['seconds_to_end']} s, "
-                f"workers left: {leg['workers_left']}."
-            )
-        else:
-            equal = "equal bit for bit" if leg["loading_equal"] else f"✗ {leg['loading']}"
-            lines.append(
-                f"- {leg['num_gpus']} GPU(s), from step {leg['from_step']} to {leg['to_step']} "
-                f"({leg['seconds']} s): weights and moments loaded, {equal}."
-            )
+    lines = [f"- {kill.describe(leg)}" for leg in result["legs"]]
     differences = _differences(kill.curve(), losses(kill.uninterrupted))
     resumed = {step: value for step, value in differences.items() if step > kill.kill_after}
     if len(result["legs"]) == 3 and resumed:

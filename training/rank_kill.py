@@ -79,6 +79,21 @@ class RankKill:
         """Step to loss of the run that was killed and resumed."""
         return losses(self.folder / "run")
 
+    def describe(self, leg: dict[str, Any]) -> str:
+        """What happened in a leg."""
+        if "killed_rank" in leg:
+            return (
+                f"{self.point.label}, {self.point.crossed['engine']}, {leg['num_gpus']} GPUs: rank "
+                f"{leg['killed_rank']} killed with SIGKILL after step {self.kill_after + 2}; the command "
+                f"ended with {leg['exit_code']} after {leg['seconds_to_end']} s, "
+                f"workers left: {leg['workers_left']}."
+            )
+        equal = "equal bit for bit" if leg["loading_equal"] else f"✗ {leg['loading']}"
+        return (
+            f"{leg['num_gpus']} GPU(s), from step {leg['from_step']} to {leg['to_step']} "
+            f"({leg['seconds']} s): weights and moments loaded, {equal}."
+        )
+
     def run(self, changed: Callable[[], None]) -> int:
         """Run the legs that are missing; 0, or 1 if one failed. `changed` is called after each leg.
 
@@ -117,7 +132,8 @@ class RankKill:
             stop_processes([self.folder.resolve()])  # what a launcher has left behind
             write_json(self.folder / "kill.json", result)
             changed()
-            print(f"kill test: {result['error'] or result['legs'][-1]}", file=sys.stderr, flush=True)
+            text = result["error"] or self.describe(result["legs"][-1])
+            print(f"kill test: {text}", file=sys.stderr, flush=True)
             if result["error"]:
                 return 1
         return 0
