@@ -34,7 +34,7 @@ def main(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    faulthandler.enable()  # a crash outside Python names the line that it came from
+    faulthandler.enable(2)  # a crash outside Python names the line that it came from
     settings = command_line()
     wants_help = "--help" in settings or "-h" in settings
     if ("-m" in settings or "--multirun" in settings) and not wants_help:
