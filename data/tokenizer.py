@@ -193,7 +193,8 @@ class SentencePieceTokenizer:
         self.eos_id = specials[0]
         self.bos_id = specials[-1]
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
-        self.unk_id = processor.unk_id()
+        has_bytes = any(map(processor.is_byte, range(self.vocab_size)))  # for what is in no piece
+        self.unk_id = -1 if has_bytes else processor.unk_id()
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._token_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
         first = processor.encode("a", out_type=str)[0]  # no normalizer removes it, as many do "\n"

@@ -16,7 +16,7 @@ from pathlib import Path
 from data.tokenizer import INFO_FILE
 from training.command import run_command
 from training.errors import SettingError
-from training.model_folder import is_model_folder, new_folder, open_model_folder, write_model_folder
+from training.model_folder import ModelFolder, is_model_folder, new_folder, write_model_folder
 from training.weights import TrainedModel, load_model
 
 
@@ -56,7 +56,8 @@ def main(config: ImportConfig) -> None:
     if not is_model_folder(source):
         raise SettingError(f"source={source}: no folder with a config.json.")
     trained = load_model(source, precision="fp32")
-    dtype = open_model_folder(source).stored_dtype()  # its config.json may say less
+    assert isinstance(trained.source, ModelFolder)
+    dtype = trained.source.stored_dtype()  # its config.json may say less
     check_padding(trained, source)
     with new_folder("run_dir", config.run_dir) as folder:
         write_model_folder(trained.model, trained.tokenizer, folder, dtype)

@@ -634,11 +634,11 @@ def test_a_run_starts_from_an_import(published):
     take_in(published.write())
     run_dir = published.path.parent / "run"
     model = TransNormer(make_config(vocab_size=400, tie_embeddings=False))
-    load_initial_weights(model, str(run_dir), load_tokenizer(run_dir))
+    load_initial_weights(model, run_dir, load_tokenizer(run_dir))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, published.weights[name].float()), name
     with pytest.raises(SettingError, match=f"tokenizer.path={run_dir}\\."):
-        load_initial_weights(model, str(run_dir), ByteTokenizer())
+        load_initial_weights(model, run_dir, ByteTokenizer())
 
 
 def refusal(published: Published) -> str:

@@ -78,7 +78,6 @@ def test_a_run_whose_folder_goes_away_stops_at_its_next_save(deleted, text, tmp_
     run_dir.rename(moved)
     if deleted:
         shutil.rmtree(moved, ignore_errors=True)
-        shutil.rmtree(moved, ignore_errors=True)
     assert ranks.wait() == [2, 2], ranks.stderr()
     assert f"run_dir={run_dir} was moved or deleted while this run trained in it" in ranks.stderr()
     assert not run_dir.exists()

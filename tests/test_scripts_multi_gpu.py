@@ -44,7 +44,10 @@ def test_counts_need_the_reference_and_all_gpus(counts):
         ({"models": []}, "models is empty"),
         ({"parts": ["rnus"]}, "rnus is unknown. Allowed: runs, kill"),
         ({"retry": ["all"]}, "all is unknown. Allowed: done, oom, failed"),
-        ({"steps": 20}, "kill_after=10 must be from 3 to 9"),
+        (
+            {"steps": 20},
+            "kill_after=10 must be at least 3, and twice that and two steps more must fit into steps=20",
+        ),
         ({"engines": ["zero3"]}, r"kill_engine=zero1 must be one of engines=\['zero3'\]"),
     ],
 )

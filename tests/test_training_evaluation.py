@@ -227,10 +227,10 @@ def test_bytes_of_a_cut_where_the_tokenizer_drops_a_first_space():
 def test_text_that_a_tokenizer_can_t_express_is_said():
     def described(tokenizer, text: str) -> str:
         ids = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
-        return describe_unknown(documents_of([(ids, len(text.encode()))], tokenizer), tokenizer)
+        return describe_unknown([(ids, len(text.encode()))], tokenizer)
 
     assert described(CharacterTokenizer("ab"), "a日本b").startswith(
-        "2 of the 5 tokens to score stand for text"
+        "2 of 5 tokens of the text to score stand for"
     )
     assert described(CharacterTokenizer("ab"), "abba") == ""
     assert described(ByteTokenizer(), "a日本b") == ""

@@ -105,10 +105,10 @@ def evaluate_checkpoints(config: EvalConfig) -> int:
         if world.is_first and evaluations:
             _show(config, evaluations)
     if problems:
-        more = [f"and {len(problems) - SHOWN_PROBLEMS} more points failed."] * (
-            len(problems) > SHOWN_PROBLEMS
-        )
-        raise SettingError("\n".join(problems[:SHOWN_PROBLEMS] + more))
+        shown = problems[:SHOWN_PROBLEMS]
+        if len(problems) > SHOWN_PROBLEMS:
+            shown.append(f"and {len(problems) - SHOWN_PROBLEMS} more points failed.")
+        raise SettingError("\n".join(shown))
     return 0
 
 

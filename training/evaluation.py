@@ -101,14 +101,18 @@ def documents_of(split, tokenizer, max_tokens: int = 0) -> list[EvalDocument]:
     return documents
 
 
-def describe_unknown(documents: list[EvalDocument], tokenizer) -> str:
-    """A line on tokens that stand for text which the tokenizer can't express; empty if there are none."""
-    unknown = sum(int(np.count_nonzero(document.ids == tokenizer.unk_id)) for document in documents)
+def describe_unknown(split, tokenizer) -> str:
+    """A line on the text of a prepared split that the tokenizer can't express; empty if there is none."""
+    if tokenizer.unk_id < 0:
+        return ""
+    unknown = total = 0
+    for ids, _ in split:
+        unknown += int(np.count_nonzero(ids == tokenizer.unk_id))
+        total += len(ids) - 1
     if not unknown:
         return ""
-    total = sum(len(document.ids) - 1 for document in documents)
     return (
-        f"{unknown:,} of the {total:,} tokens to score stand for text that the tokenizer can't express: "
+        f"{unknown:,} of {total:,} tokens of the text to score stand for what the tokenizer can't express: "
         "losses and bits per byte are too low to be compared with those of another tokenizer"
     )
 
@@ -123,7 +127,8 @@ def _bytes_of_cut(ids: list[int], rest: list[int], tokenizer) -> int:
     for missing in range(LONGEST_CHARACTER):
         begun = tokenizer.decode(ids + rest[:missing])
         left = everything.removeprefix(begun)
-        if begun + left == everything and tokenizer.decode(rest[missing:]) in (left, left.removeprefix(" ")):
+        endings = (left, left.removeprefix(" "))
+        if everything.startswith(begun) and tokenizer.decode(rest[missing:]) in endings:
             return len(begun.encode()) - missing
     return len(tokenizer.decode(ids).encode())
 

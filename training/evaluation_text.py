@@ -74,8 +74,8 @@ def open_text(
                 f"data={data.source}: {prepared.folder} has no validation documents to score. Give the text "
                 "as data=text data.path=FILE, or prepare it with data.valid_fraction=1.0."
             )
-        opened[key] = text = Text(prepared, max_tokens)
-        if line := describe_unknown(text.documents, prepared.tokenizer):
+        opened[key] = Text(prepared, max_tokens)
+        if line := describe_unknown(prepared.valid, prepared.tokenizer):
             log(line)
     return opened[key]
 

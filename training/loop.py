@@ -162,7 +162,7 @@ class Trainer:
     def __init__(self, run: Run, interrupt: Interrupt, watchdog: Watchdog) -> None:
         self.config, self.folder, self.world, self.data = run.config, run.folder, run.world, run.data
         self.loader, self.engine, self.state = run.loader, run.engine, run.state
-        self.setup_seconds, self.setup_notes, self.code = run.seconds, run.notes, run.code
+        self.setup_seconds, self.code = run.seconds, run.code
         self.interrupt, self.watchdog = interrupt, watchdog
         config, data = run.config, run.data
         self.valid_documents = documents_of(data.valid, data.tokenizer, config.eval_tokens)
@@ -177,10 +177,10 @@ class Trainer:
         self.samples: MetricsFile | None = None
         self.wandb: WandbRun | None = None
         self.console = Console(None, config.max_steps, self.first_step)
-        self.evaluated_step, self.sampled_step = self.world.on_first(self._open_files)
+        self.evaluated_step, self.sampled_step = self.world.on_first(partial(self._open_files, run.notes))
         self._introduce()
 
-    def _open_files(self) -> tuple[int, int]:
+    def _open_files(self, notes: list[str]) -> tuple[int, int]:
         """Open the first rank's files without what a lost part of the run wrote; the steps they end at."""
         step, passed_over, folder = self.state.step, self.state.passed_over_batches, self.folder
         if self.config.wandb.enabled:
@@ -190,7 +190,7 @@ class Trainer:
                 folder.clear()  # as overwrite=true allows
             save_config(self.config, folder.config)
         self.console = Console(folder.log, self.config.max_steps, step)
-        for note in self.setup_notes:
+        for note in notes:
             self.console.log(note)
         self.metrics = MetricsFile(folder.metrics, step, passed_over)
         if self.config.sample_every or folder.samples.exists():
@@ -576,7 +576,7 @@ class Trainer:
             f"data {self.data.name}: {self.data.train.tokens:,} training tokens in "
             f"{self.data.train.documents:,} documents"
         )
-        if line := describe_unknown(self.valid_documents, self.data.tokenizer):
+        if line := describe_unknown(self.data.valid, self.data.tokenizer):
             self._say(line)
         self._say(
             f"seq_len {config.seq_len}, batch {config.batch_tokens:,} tokens = {world.size} rank(s) x "

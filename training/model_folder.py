@@ -93,21 +93,16 @@ class ModelFolder:
         text = "\n".join(f"{name} {sha256_of(self.path / name)}" for name in names)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for file in sorted(set(self.files.values())):
-            with _open_tensors(file) as tensors:
-                for name, holder in self.files.items():
-                    if holder == file:
-                        yield name, tensors.get_tensor(name)
-
     def stored_dtype(self) -> str:
         """The one dtype of all weights but LRPE's frequencies; float32 if they have several, or float64."""
-        stored = {tensor.dtype for name, tensor in self._tensors() if not name.endswith("lrpe.theta")}
+        stored = {
+            tensor.dtype for name, tensor in _read_tensors(self.files) if not name.endswith("lrpe.theta")
+        }
         return next((name for name, dtype in DTYPES.items() if stored == {dtype}), "float32")
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters by the model's own names, in their stored dtype; a tied head is left out."""
-        weights = dict(self._tensors())
+        weights = dict(_read_tensors(self.files))
         for name, tensor in weights.items():
             if tensor.dtype not in STORED_DTYPES:
                 dtype = str(tensor.dtype).removeprefix("torch.")
@@ -243,31 +238,30 @@ def _unpickle(file: Path) -> _Unpickled:
     return _Unpickled(content)
 
 
+def _read_tensors(files: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each name of `files` with its tensor, file by file."""
+    for file in sorted(set(files.values())):
+        with _open_tensors(file) as tensors:
+            for name, holder in files.items():
+                if holder == file:
+                    yield name, tensors.get_tensor(name)
+
+
 def _heads_are_equal(files: dict[str, Path]) -> bool:
     """Tied, as an older config.json leaves unsaid: no head is stored, or it equals the embedding."""
-    if "lm_head.weight" not in files or "model.embed_tokens.weight" not in files:
+    both = ("lm_head.weight", "model.embed_tokens.weight")
+    if not all(name in files for name in both):
         return True
-    tensors = []
-    for name in ("lm_head.weight", "model.embed_tokens.weight"):
-        with _open_tensors(files[name]) as file:
-            tensors.append(file.get_tensor(name))
-    return torch.equal(*tensors)
-
-
-def _shapes(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in set(files.values()):
-        with _open_tensors(file) as tensors:
-            names = [name for name, holder in files.items() if holder == file]
-            shapes |= {name: tuple(tensors.get_tensor(name).shape) for name in names}
-    return shapes
+    (_, first), (_, second) = _read_tensors({name: files[name] for name in both})
+    return torch.equal(first, second)
 
 
 def _gate_of(path: Path, files: dict[str, Path], config: ModelConfig) -> dict[str, Any]:
     """What kind of gate the tensors of layer 0 show, where config.json does not say it."""
     if MIXER + "qkvu_proj.weight" in files:
         return {}
-    shapes = _shapes({name: file for name, file in files.items() if name.startswith(MIXER)})
+    of_mixer = {name: file for name, file in files.items() if name.startswith(MIXER)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in _read_tensors(of_mixer)}
     narrow = [min(shape) for shape in shapes.values() if len(shape) == 2 and min(shape) < config.hidden_size]
     if len(narrow) == 2 and narrow[0] == narrow[1]:
         return {"gate": "low_rank", "gate_size": narrow[0]}

@@ -76,9 +76,8 @@ def plot_perplexity_by_length(path: Path, lines: list[Line]) -> None:
     """Perplexity over sequence length, one line per checkpoint, data and window rule."""
     figure, (axes,) = new_figure("Perplexity by sequence length")
     _lines(axes, lines)
-    perplexities = [perplexity for _, _, y in lines for perplexity in y]
-    is_wide = max(perplexities) > 10 * min(perplexities)
-    axes.set(ylabel="perplexity per token", yscale="log" if is_wide else "linear")
+    least, most = axes.dataLim.intervaly
+    axes.set(ylabel="perplexity per token", yscale="log" if most > 10 * least else "linear")
     plain_ticks(axes.yaxis)
     length_axis(axes)
     save(figure, path)

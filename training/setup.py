@@ -40,7 +40,7 @@ from training.run_folder import RunFolder
 from training.saved_config import as_written, check_resumable, flatten, load_saved_config
 from training.state import RunState, saved_state
 from training.train_config import TrainConfig
-from training.weights import check_initial_tokenizer, check_weights, load_initial_weights
+from training.weights import check_weights, find_initial_model, load_initial_weights
 
 Log = Callable[[str], None]
 
@@ -92,10 +92,11 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
     saved = None
     if checkpoint is not None:  # before data is prepared that the run may not have
         saved = world.on_all(partial(_saved_settings, config, checkpoint))
-    elif config.resume != "never" and world.on_first(lambda: _loses_no_checkpoint(folder)):
+    elif config.resume != "never" and world.on_first(lambda: _starts_again(folder)):
         log(f"{folder.path} holds a run without a checkpoint: it starts again, and its metrics with it")
+    initial = None
     if checkpoint is None and config.init_from:
-        world.on_all(partial(check_initial_tokenizer, config.init_from, config.tokenizer))
+        initial = world.on_all(partial(find_initial_model, config.init_from, config.tokenizer))
     data = world.on_all(partial(prepare, config.data, config.tokenizer, log=world.log))
     times.append(time.perf_counter())
     config = world.on_all(partial(_settle, config, data, checkpoint, saved, log))
@@ -108,7 +109,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
         return None
     world.on_first(lambda: _check_space(config, folder, state))
     world.on_all(partial(_check_memory, config, world))
-    model = world.on_all(partial(_make_model, config, data, checkpoint))
+    model = world.on_all(partial(_make_model, config, data, checkpoint, initial))
     times.append(time.perf_counter())
     engine = Engine(
         model,
@@ -152,7 +153,7 @@ def _check_ranks_agree(world: World, values: dict[str, Any]) -> None:
             )
 
 
-def _loses_no_checkpoint(folder: RunFolder) -> bool:
+def _starts_again(folder: RunFolder) -> bool:
     """Whether there is a run that was ended before its first checkpoint, to be started again.
 
     Raises:
@@ -306,13 +307,15 @@ def _make_loader(config: TrainConfig, data: PreparedData) -> TrainLoader:
     )
 
 
-def _make_model(config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | None) -> TransNormer:
+def _make_model(
+    config: TrainConfig, data: PreparedData, checkpoint: Checkpoint | None, initial: Path | None
+) -> TransNormer:
     """The model with its first weights; those of a checkpoint that fits are loaded by the engine."""
     model = TransNormer(config.model, config.seed)
     if checkpoint is not None:
         check_weights(model, checkpoint.shapes, checkpoint.folder)
-    elif config.init_from:
-        load_initial_weights(model, config.init_from, data.tokenizer)
+    elif initial is not None:
+        load_initial_weights(model, initial, data.tokenizer)
     return model
 
 

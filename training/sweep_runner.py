@@ -30,7 +30,6 @@ from training.sweep import Manifest, Point, SweepDefinition, measure
 
 POLL_SECONDS = 0.2
 TAIL_LINES = 5  # of a log: what is kept of a failure
-KILLED = "killed by signal 9, as by a system that is out of memory"
 
 
 def point_command(
@@ -147,9 +146,11 @@ class Runner:
             status = "stopped"
         elif reasons := [line for line in tail if any(sign in line for sign in OUT_OF_MEMORY)]:
             status, error = "oom", reasons[-1]
+        elif (own_code := _own_code(code)) == -signal.SIGKILL:
+            status, error = "failed", "killed by signal 9, as by a system that is out of memory"
         else:
-            ending = _ending(code)
-            status, error = "failed", " | ".join([*([] if ending == KILLED else tail[-TAIL_LINES:]), ending])
+            ending = f"killed by signal {-own_code}" if own_code < 0 else f"exit code {own_code}"
+            status, error = "failed", " | ".join([*tail[-TAIL_LINES:], ending])
         wanted = self.keep_checkpoints if status == "done" else self.sweep.save_every > 0  # to resume from
         if not wanted:
             shutil.rmtree(RunFolder(folder).checkpoints, ignore_errors=True)
@@ -179,9 +180,6 @@ class Runner:
             self._finish(job)
 
 
-def _ending(code: int) -> str:
-    """A process's exit code in words; DeepSpeed's launcher passes on that of a killed worker modulo 256."""
-    code = code - 256 if code > 256 - signal.NSIG else code
-    if code == -signal.SIGKILL:
-        return KILLED
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+def _own_code(code: int) -> int:
+    """A worker's exit code, negative for a signal; DeepSpeed's launcher passes it on modulo 256."""
+    return code - 256 if code > 256 - signal.NSIG else code

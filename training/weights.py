@@ -243,36 +243,38 @@ def check_weights(model: TransNormer, shapes: dict[str, tuple[int, ...]], where:
         raise CheckpointError(f"{where} does not fit the model: {shown}.")
 
 
-def check_initial_tokenizer(spec: str, tokenizer: TokenizerConfig) -> None:
-    """Refuse settings of a tokenizer that can't be that of `init_from=`, before data is prepared with it.
+def find_initial_model(spec: str, tokenizer: TokenizerConfig) -> Path:
+    """The folder of the model that `init_from=` names.
 
     Raises:
-        CheckpointError: another kind or size of tokenizer, or no model there.
+        CheckpointError: none there, or these settings can't give its tokenizer: said before they are used.
     """
-    saved = identify(find_model(spec, "init_from"))
+    path = find_model(spec, "init_from")
+    saved = identify(path)
     other_kind = tokenizer.kind not in ("file", saved.tokenizer.kind)
     other_size = tokenizer.kind == "sentencepiece" and tokenizer.vocab_size != saved.tokenizer.vocab_size
     if other_kind or other_size:
-        raise _other_tokenizer(spec, saved)
+        raise _other_tokenizer(saved)
+    return path
 
 
-def _other_tokenizer(spec: str, saved: SavedModel) -> CheckpointError:
+def _other_tokenizer(saved: SavedModel) -> CheckpointError:
     return CheckpointError(
-        f"init_from={spec} has another tokenizer: use tokenizer=file tokenizer.path={saved.tokenizer_path}."
+        f"init_from: {saved.path} has another tokenizer: "
+        f"use tokenizer=file tokenizer.path={saved.tokenizer_path}."
     )
 
 
-def load_initial_weights(model: TransNormer, spec: str, tokenizer: Tokenizer) -> None:
-    """Start a run from trained weights (`init_from=`); the tokenizer must be theirs.
+def load_initial_weights(model: TransNormer, path: Path, tokenizer: Tokenizer) -> None:
+    """Start a run from the trained weights at `path`; the tokenizer must be theirs.
 
     Raises:
         CheckpointError: another architecture, or another tokenizer.
     """
-    source = find_model(spec, "init_from")
-    trained = load_model(source, precision="fp32")
+    trained = load_model(path, precision="fp32")
     if trained.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise _other_tokenizer(spec, trained)
+        raise _other_tokenizer(trained)
     try:
-        copy_weights(model, dict(trained.model.named_parameters()), source)
+        copy_weights(model, dict(trained.model.named_parameters()), path)
     except CheckpointError as error:
-        raise CheckpointError(f"init_from={spec} is {trained.model.config.name}: {error}") from None
+        raise CheckpointError(f"init_from, a {trained.model.config.name}: {error}") from None
